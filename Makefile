@@ -1,0 +1,82 @@
+# Everything a developer or a user of a fresh clone runs. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+OUT    ?= build/demo
+
+# Texts of the reference model; the texts are not part of the repository.
+DATA    ?= ../shared/data
+TEXT    ?= $(DATA)/gutenberg/train.txt.xz
+VALID   ?= $(DATA)/gutenberg/valid.txt.xz $(DATA)/wikitext2/test.txt
+STARTER ?= $(DATA)/models/starter-16m
+WORKDIR ?= build/reference
+NOTE    ?= Cleaned English prose of Project Gutenberg eBooks, public domain in the USA.
+ARGS    ?=
+
+# -qq keeps errors and drops pip's warnings: some machines print one per installed file.
+PIP := $(BIN)/python -m pip install -qq -c constraints.txt
+# Spinning OpenMP threads starve each other on busy or few cores.
+export OMP_WAIT_POLICY := PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint types format check hooks reference bench-solvers clean distclean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@echo "usage: make TARGET [PYTHON=python3.12] [ARGS='...']"
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+env: $(VENV)/.dev ## create .venv with everything for development
+
+# torch first and alone: resolved together with the rest, an open range elsewhere could pull another build.
+$(VENV)/.base: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here; name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"moe-prism needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12 ...")'
+	@echo "creating $(VENV): about 2 GB, some minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@echo "installing the development tools"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.base ## refactor the bundled model, measure it, write checkpoint and report to build/demo
+	$(BIN)/moe-prism demo --out $(OUT) $(ARGS)
+
+test: $(VENV)/.dev ## run the tests; ARGS='-k solver' narrows them
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/.dev ## check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.dev ## check types (mypy --strict)
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## format and apply safe fixes
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+check: lint types test ## lint, types and tests
+
+hooks: $(VENV)/.dev ## run lint and types before every commit
+	$(BIN)/pre-commit install
+
+reference: $(VENV)/.dev ## train models/reference (hours; goes on where it stopped); TEXT=, VALID=, WORKDIR=
+	$(BIN)/python tools/train_reference.py $(TEXT) --workdir $(WORKDIR) --out models/reference \
+	  --eval $(VALID) $(if $(wildcard $(STARTER)),--compare $(STARTER)) --data-note "$(NOTE)" $(ARGS)
+
+bench-solvers: $(VENV)/.dev ## objective and time of every solver -> docs/results/solvers.json
+	$(BIN)/python tools/bench_solvers.py --out docs/results/solvers.json \
+	  $(or $(ARGS),--synthetic olmoe-1b-7b --experts 64)
+
+clean: ## remove caches and build/demo
+	rm -rf build/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find moe_prism tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## also remove .venv and all of build/, training runs included
+	rm -rf $(VENV) build *.egg-info

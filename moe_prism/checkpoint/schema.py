@@ -1,0 +1,251 @@
+"""What an elastic checkpoint says about itself: the key "moe_prism" of config.json and operating_points.json.
+
+Pure pydantic: knows nothing of tensors, of directories or of how a point was measured, and imports no torch.
+Constructing a model with impossible values raises pydantic's ``ValidationError`` (a ``ValueError``); the
+``parse_*`` functions, made for files, turn that into a :class:`~moe_prism.errors.CheckpointError`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import CheckpointError
+
+SCHEMA_VERSION = 1
+CONFIG_KEY = "moe_prism"  # the key in config.json and, as attribute, on a transformers config
+
+# Ours lie in a subfolder because some engines load every *.safetensors they see at the top.
+OUR_FOLDER = "moe_prism/"
+TENSORS_FILE = "moe_prism/tensors.safetensors"
+RECIPE_FILE = "moe_prism/recipe.yaml"
+OPERATING_POINTS_FILE = "moe_prism/operating_points.json"
+PLOT_FILE = "moe_prism/frontier.png"
+CARD_FILE = "README.md"
+
+# KL is summed in fp32 and may come out a hair below zero for two equal distributions.
+_KL_ROUNDING = 1e-3
+# ppl and share are redundant with nll and k; files may round them to a few digits.
+_ROUNDING = 1e-3
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def to_json(self) -> str:
+        """Indented JSON with a final newline; the matching ``parse_*`` function reads it back to an equal object."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+class Calibration(_Frozen):
+    """The text the activations were profiled on."""
+
+    text: str = Field(description="Name of the text, not a path on the machine that made it.")
+    tokens: int = Field(ge=0, description="Tokens of it that were run through the model.")
+
+
+class ElasticConfig(_Frozen):
+    """The value of the key "moe_prism" in config.json.
+
+    All expert layers of a checkpoint share ``num_experts``, ``num_neurons`` and ``top_k``.
+    """
+
+    version: int = Field(default=SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION, description="Schema version.")
+    num_sub_experts: int = Field(ge=1, description="N: sub-experts per expert; divides num_neurons.")
+    num_experts: int = Field(ge=1, description="E: routed experts per layer.")
+    num_neurons: int = Field(ge=1, description="C: neurons per expert.")
+    top_k: int = Field(ge=1, description="k: routed experts per token of the original model.")
+    full_budget: int = Field(ge=1, description="k*N: the budget that equals the original model.")
+    gate: str = Field(min_length=1, description="Registered name of the gate.")
+    gate_options: dict[str, Any] = Field(default_factory=dict, description="Options the gate was fitted with.")
+    solver: str = Field(min_length=1, description="Registered name of the partitioning solver.")
+    seed: int = Field(description="Seed of calibration sampling and solver.")
+    layers: list[str] = Field(
+        min_length=1, description='Module names of the refactored expert layers, e.g. "model.layers.0.mlp.experts".'
+    )
+    calibration: Calibration
+    weights_dtype: str = Field(min_length=1, description='Storage type of the expert weights, e.g. "bfloat16".')
+    created_with: dict[str, str] = Field(default_factory=dict, description="Package name -> version.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.num_neurons % self.num_sub_experts:
+            raise ValueError(
+                f"num_sub_experts {self.num_sub_experts} does not divide num_neurons {self.num_neurons}: "
+                "sub-experts have equal sizes"
+            )
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} is more than num_experts {self.num_experts}")
+        if self.full_budget != self.top_k * self.num_sub_experts:
+            raise ValueError(
+                f"full_budget {self.full_budget} is not top_k * num_sub_experts = {self.top_k * self.num_sub_experts}"
+            )
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError("layers names a layer twice")
+        return self
+
+
+class _Point(_Frozen):
+    share: float = Field(gt=0, le=1, description="Fraction of the routed-expert work.")
+    nll: float = Field(ge=0, description="Mean token loss, nats per token.")
+    ppl: float = Field(ge=1, description="Perplexity: exp(nll).")
+    kl: float = Field(ge=-_KL_ROUNDING, description="Mean KL(full model || this point), nats per token.")
+    top1_agreement: float = Field(ge=0, le=1, description="Share of tokens whose argmax is the full model's.")
+    distinct: bool = Field(description="Differs from its neighbours by more than two paired standard errors.")
+    stable: bool | None = Field(
+        default=None, description="The order holds on a second text and calibration seed; null: not checked."
+    )
+
+    @model_validator(mode="after")
+    def _perplexity_is_exp_of_loss(self) -> Self:
+        # compared as logarithms: exp of a broken model's loss may overflow
+        if abs(math.log(self.ppl) - self.nll) > _ROUNDING * max(1.0, self.nll):
+            raise ValueError(f"ppl {self.ppl} is not exp(nll) for nll {self.nll}")
+        return self
+
+
+class OperatingPoint(_Point):
+    """One budget of the elastic model with its measured quality and cost."""
+
+    k_active: int = Field(ge=1, description="Budget: sub-experts a token may run in a layer.")
+    flops_share: float = Field(ge=0, description="Routed FLOPs including the gate, over the original's; may pass 1.")
+    bytes_share: float = Field(ge=0, description="Expert bytes read per token including the gate, over the original's.")
+    stderr: float | None = Field(
+        default=None,
+        ge=0,
+        description="Paired standard error of the loss difference to the next higher measured budget; null for the "
+        "highest.",
+    )
+
+
+class BaselinePoint(_Point):
+    """The original model run with fewer whole experts: the comparison at equal compute."""
+
+    k: int = Field(ge=1, description="Routed experts per token.")
+
+
+class DistinctStable(_Frozen):
+    """How many points are distinct and stable; null where stability was not checked."""
+
+    elastic: int | None = Field(default=None, ge=0)
+    baseline: int | None = Field(default=None, ge=0)
+
+
+class OperatingPoints(_Frozen):
+    """operating_points.json: measured budget -> quality and cost, on what text, with which seeds and versions."""
+
+    version: int = Field(default=SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION, description="Schema version.")
+    full_budget: int = Field(ge=1, description="k*N of the checkpoint.")
+    text: str = Field(min_length=1, description="Name of the evaluation text.")
+    tokens: int = Field(ge=1, description="Predicted tokens.")
+    seed: int = Field(description="Calibration seed of the measured checkpoint.")
+    second_text: str | None = Field(default=None, description="Held-out text of the stability check.")
+    second_seed: int | None = Field(default=None, description="Calibration seed of the stability check.")
+    versions: dict[str, str] = Field(description="Package name -> version.")
+    machine: dict[str, str | int | float] = Field(description='What it ran on, e.g. {"cpu": "...", "cores": 2}.')
+    elastic: list[OperatingPoint] = Field(min_length=1, description="By ascending budget.")
+    baseline: list[BaselinePoint] = Field(default_factory=list, description="By ascending number of experts.")
+    distinct_stable: DistinctStable
+    full_budget_max_logit_diff: float | None = Field(
+        ge=0, description="max |logit difference| to the original model at full budget; null: no original to compare."
+    )
+    paper_gates: dict[str, list[OperatingPoint]] = Field(
+        default_factory=dict, description="Other gates measured beside, by name, on the same text."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, points in {"elastic": self.elastic, **self.paper_gates}.items():
+            budgets = [p.k_active for p in points]
+            _check_ascending(name, "k_active", budgets, self.full_budget)
+            for point in points:
+                _check_share(name, point.k_active, self.full_budget, point.share)
+        if self.baseline:
+            _check_ascending("baseline", "k", [p.k for p in self.baseline], self.full_budget)
+            top_k = round(self.baseline[-1].k / self.baseline[-1].share)
+            if self.full_budget % top_k:
+                raise ValueError(f"baseline shares mean top_k {top_k}, which does not divide {self.full_budget}")
+            for baseline_point in self.baseline:
+                _check_share("baseline", baseline_point.k, top_k, baseline_point.share)
+        _check_count("elastic", self.elastic, self.distinct_stable.elastic)
+        _check_count("baseline", self.baseline, self.distinct_stable.baseline)
+        return self
+
+
+def permutation_key(layer: str) -> str:
+    """Name in tensors.safetensors of a layer's permutation.
+
+    An int32 tensor ``[E, C]``: new neuron position j of expert e holds original neuron ``permutation[e, j]``.
+    """
+    return f"{layer}.permutation"
+
+
+def parse_elastic_config(value: Any) -> ElasticConfig:
+    """The validated form of ``config.json["moe_prism"]``.
+
+    Raises:
+        CheckpointError: a future version, or a missing, unknown or impossible field (named).
+    """
+    return _parse(ElasticConfig, value, 'config.json: "moe_prism"')
+
+
+def parse_operating_points(text: str | bytes) -> OperatingPoints:
+    """The validated content of operating_points.json.
+
+    Raises:
+        CheckpointError: not JSON, a future version, or a missing, unknown or impossible field (named).
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(
+            f"operating_points.json is not valid JSON: {error}; measure anew with `moe-prism sweep`"
+        ) from None
+    return _parse(OperatingPoints, value, "operating_points.json")
+
+
+_Model = TypeVar("_Model", ElasticConfig, OperatingPoints)
+
+
+def _parse(model: type[_Model], value: Any, where: str) -> _Model:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} must be an object, got {type(value).__name__}")
+    # Before the fields: a newer schema has unknown ones, and "upgrade" is then the useful answer.
+    version = value.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{where} has no schema version (got {version!r}); it was not written by moe-prism")
+    if version > SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{where} was written by schema version {version}, this moe-prism reads up to {SCHEMA_VERSION}; "
+            "upgrade moe-prism"
+        )
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, e['loc'])) or 'fields'}: {e['msg']}" for e in error.errors(include_url=False)[:5]
+        ]
+        raise CheckpointError(f"{where} is invalid: {'; '.join(problems)}") from None
+
+
+def _check_ascending(name: str, field: str, values: Sequence[int], limit: int) -> None:
+    if any(a >= b for a, b in itertools.pairwise(values)):
+        raise ValueError(f"{name}: {field} must ascend without repeats, got {list(values)}")
+    if values and values[-1] > limit:
+        raise ValueError(f"{name}: {field} {values[-1]} is not in 1..{limit}")
+
+
+def _check_share(name: str, k: int, full: int, share: float) -> None:
+    if abs(share - k / full) > _ROUNDING:
+        raise ValueError(f"{name}: share {share} of {k} is not {k}/{full}")
+
+
+def _check_count(name: str, points: Sequence[_Point], count: int | None) -> None:
+    found = sum(p.distinct and p.stable is True for p in points)
+    if count is not None and count != found:
+        raise ValueError(f"distinct_stable.{name} is {count}, but {found} points are marked distinct and stable")

@@ -1,0 +1,23 @@
+"""The typer application: collects the commands, each from its own file."""
+
+from __future__ import annotations
+
+import typer
+
+from .demo import demo
+from .generate import generate
+from .inspect import inspect
+from .refactor import refactor
+from .restore import restore
+from .sweep import sweep
+
+app = typer.Typer(
+    name="moe-prism",
+    help="A quality dial for stock Mixture-of-Experts language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+for command in (refactor, sweep, generate, inspect, restore, demo):
+    app.command(no_args_is_help=command is not demo)(command)

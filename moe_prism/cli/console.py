@@ -1,0 +1,69 @@
+"""What commands share: a console, progress bars on stderr, the dtype that is fast on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    import torch
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+out = Console()
+err = Console(stderr=True)
+
+
+@contextmanager
+def bars(labels: dict[str, str]) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars on stderr, one per stage, shown when a stage first reports.
+
+    Args:
+        labels: what to print for a stage; others are shown under their own name.
+    """
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(labels.get(stage, stage), total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield tell
+
+
+def compute_dtype(dtype: Dtype) -> str | torch.dtype:
+    """What to load weights in: "auto" is the stored dtype, or fp32 on a CPU without bf16 arithmetic."""
+    import torch
+
+    if dtype != "auto":
+        chosen: torch.dtype = getattr(torch, dtype)
+        return chosen
+    if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "auto"
+    return torch.float32
+
+
+def quiet() -> None:
+    """No progress bars of transformers between ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a checkpoint; raises PrismError if it has none."""
+    from transformers import AutoTokenizer
+
+    from ..errors import PrismError
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise PrismError(f"{path} has no tokenizer that can be loaded: {error}") from None

@@ -1,0 +1,79 @@
+"""Scores and budgets become a selection: which sub-experts every token runs.
+
+Pure tensor work, the same on every device. Knows nothing of gates (it is given scores) or of weights
+(executors are given the selection).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Selection(NamedTuple):
+    """A ragged list of S (token, sub-expert) pairs, sorted by sub-expert.
+
+    Attributes:
+        token: int64 ``[S]``.
+        slot: int64 ``[S]``, which of the token's k routed experts it belongs to.
+        sub_expert: int64 ``[S]``, ``expert * N + n``.
+        weight: ``[S]``, the routing weight of the expert.
+    """
+
+    token: Tensor
+    slot: Tensor
+    sub_expert: Tensor
+    weight: Tensor
+
+
+def choose(scores: Tensor, weights: Tensor, budgets: Tensor, weighted: bool, valid: Tensor | None = None) -> Tensor:
+    """The ``budgets[t]`` best candidates of every token, pooled over its k experts.
+
+    At least one sub-expert of the expert with the largest routing weight is always among them. Equal
+    scores are taken in the order of slots, so a gate that cannot tell siblings apart fills one expert
+    before it opens the next.
+
+    Args:
+        scores: ``[T, k, N]``.
+        weights: ``[T, k]`` routing weights.
+        budgets: int64 ``[T]``, sub-experts that a token may run; at least 1.
+        weighted: multiply scores by routing weights (False: as in the paper).
+        valid: bool ``[T, k]``; False where a slot holds no expert of this device.
+
+    Returns:
+        bool ``[T, k, N]``.
+    """
+    pooled = scores.float()
+    if weighted:
+        pooled = pooled * weights[..., None].float()
+    if valid is not None:
+        pooled = pooled.masked_fill(~valid[..., None], -torch.inf)
+    n = pooled.shape[2]
+    top = weights.float().argmax(dim=1)
+    best = pooled.gather(1, top[:, None, None].expand(-1, 1, n)).argmax(dim=2).squeeze(1)
+    flat = pooled.flatten(1)
+    first = top * n + best
+    if valid is None:
+        flat = flat.scatter(1, first[:, None], torch.inf)
+    order = torch.argsort(flat, dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(flat.shape[1], device=flat.device).expand_as(order))
+    chosen = (rank < budgets[:, None]).view_as(pooled)
+    return chosen if valid is None else chosen & valid[..., None]
+
+
+def gather_selection(chosen: Tensor, index: Tensor, weights: Tensor) -> Selection:
+    """Sort the chosen pairs by sub-expert.
+
+    Args:
+        chosen: bool ``[T, k, N]``.
+        index: int64 ``[T, k]`` routed experts.
+        weights: ``[T, k]``.
+    """
+    n = chosen.shape[2]
+    token, slot, part = chosen.nonzero(as_tuple=True)
+    sub_expert = index[token, slot] * n + part
+    order = torch.argsort(sub_expert, stable=True)
+    token, slot = token[order], slot[order]
+    return Selection(token, slot, sub_expert[order], weights[token, slot])

@@ -1,0 +1,92 @@
+"""The recipe: everything that decides what ``refactor`` makes of a model, as one validated object.
+
+A recipe is YAML on disk and is stored in the checkpoint. Knows the names of methods, not the methods.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import PrismError
+
+
+class Recipe(BaseModel):
+    """What ``refactor`` does. Every field has a default, so an empty recipe is valid.
+
+    Example::
+
+        num_sub_experts: 4
+        solver: balanced
+        gate: proxy
+        gate_options: {gate_neurons: 4}
+        calibration_tokens: 20000
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_sub_experts: int = Field(
+        4, ge=1, description="N, sub-experts of one expert; it must divide the neurons of an expert. The paper uses 4."
+    )
+    solver: str = Field(
+        "balanced", description="How neurons are partitioned: balanced, annealing, greedy, importance, contiguous."
+    )
+    solver_options: dict[str, Any] = Field(default_factory=dict, description="Options of that solver.")
+    switched_off: int | None = Field(
+        None,
+        ge=1,
+        description="Sub-experts of an expert that the partition is optimised for losing; null: the mean over 1..N-1, "
+        "so that the whole dial benefits.",
+    )
+    impact: Literal["activation", "output"] = Field(
+        "output",
+        description="A neuron's impact on a token: activation = |activation| as in the paper; output = routing weight "
+        "x |activation| x norm of the neuron's down weights, which bounds what its absence changes.",
+    )
+    gate: str = Field("proxy", description="What scores sub-experts at run time: proxy, linear, static.")
+    gate_options: dict[str, Any] = Field(default_factory=dict, description="Options of that gate.")
+    calibration_tokens: int = Field(20_000, ge=256, description="Tokens of calibration text run through the model.")
+    context: int = Field(256, ge=8, description="Tokens of one calibration window.")
+    tokens_per_expert: int = Field(
+        2_000, ge=16, description="Tokens kept of every expert (a seeded uniform sample of those routed to it)."
+    )
+    min_tokens_per_expert: int = Field(
+        32,
+        ge=1,
+        description="An expert with fewer routed tokens is reported and profiled on a sample of all tokens instead.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of sampling and of the solver.")
+
+    @staticmethod
+    def load(path: Path) -> Recipe:
+        """Read a YAML file; raises PrismError that names the file and every bad field."""
+        try:
+            value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise PrismError(f"recipe {path} cannot be read: {error}") from None
+        if value is None:
+            value = {}
+        if not isinstance(value, dict):
+            raise PrismError(f"recipe {path} must be a mapping of fields, got {type(value).__name__}")
+        return Recipe.of(value, str(path))
+
+    @staticmethod
+    def of(value: dict[str, Any], where: str = "recipe") -> Recipe:
+        """A recipe from a mapping; raises PrismError that names every bad field."""
+        try:
+            return Recipe.model_validate(value)
+        except ValidationError as error:
+            known = ", ".join(Recipe.model_fields)
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise PrismError(f"{where}: {problems}. Fields: {known}") from None
+
+    def to_yaml(self) -> str:
+        """All fields, with their descriptions as comments."""
+        lines = []
+        for name, field in Recipe.model_fields.items():
+            lines.append(f"# {field.description}")
+            lines.append(yaml.safe_dump({name: getattr(self, name)}, default_flow_style=None).strip())
+        return "\n".join(lines) + "\n"

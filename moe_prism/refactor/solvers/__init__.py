@@ -1,0 +1,12 @@
+"""Partitioning solvers: how an expert's neurons are split into sub-experts. One file per method.
+
+Example::
+
+    labels = SOLVERS.create("balanced", {"runs": 8, "polish_rounds": 10}).solve(impact, num_sub_experts=4, switched_off=2, seed=0)
+"""
+
+from . import annealing, balanced, contiguous, greedy, importance
+from .base import DEFAULT_SOLVER, SOLVERS, Solver
+from .objective import dropped_mass, relative_dropped_mass
+
+__all__ = ["DEFAULT_SOLVER", "SOLVERS", "Solver", "dropped_mass", "relative_dropped_mass"]

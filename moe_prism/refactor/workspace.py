@@ -1,0 +1,105 @@
+"""The working folder of a refactoring that is under way: what survives a kill, and when it may be used.
+
+``OUT.partial/`` beside the output holds calibration windows, captured inputs and finished layers. It
+belongs to one (model, recipe, text): anything else finds it stale and starts anew. Knows nothing of how
+a layer is refactored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..elastic.fingerprint import fingerprint
+from ..experts import ExpertLayer
+from .capture import save_tensors
+from .layer import LayerResult
+
+_KEY = "key.json"
+_WINDOWS = "windows.safetensors"
+_PREFIX = "gate."
+
+
+class Workspace:
+    """Finished parts of one refactoring."""
+
+    def __init__(self, out: Path, key: dict[str, Any]) -> None:
+        """Open ``OUT.partial/``; a folder of another key is removed first."""
+        self.path = out.parent / f"{out.name}.partial"
+        text = json.dumps(key, indent=1, sort_keys=True)
+        file = self.path / _KEY
+        self.resumed = file.exists() and file.read_text() == text
+        if not self.resumed:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(text)
+            os.replace(temporary, file)
+
+    @property
+    def capture_folder(self) -> Path:
+        """Where captured inputs go."""
+        return self.path / "capture"
+
+    def windows(self) -> tuple[Tensor, str] | None:
+        """Calibration windows int64 ``[n, context]`` and their name, if they were settled."""
+        path = self.path / _WINDOWS
+        if not path.exists():
+            return None
+        return load_file(path)["windows"], (self.path / "text.txt").read_text()
+
+    def keep_windows(self, windows: Tensor, name: str) -> None:
+        """Settle the calibration windows."""
+        (self.path / "text.txt").write_text(name)
+        save_tensors(self.path / _WINDOWS, {"windows": windows})
+
+    def layer(self, number: int) -> LayerResult | None:
+        """A finished layer."""
+        path = self._layer_path(number)
+        if not path.exists():
+            return None
+        tensors = load_file(path)
+        return LayerResult(
+            permutation=tensors["permutation"],
+            tensors={name.removeprefix(_PREFIX): v for name, v in tensors.items() if name.startswith(_PREFIX)},
+            dropped=tensors["dropped"],
+            routed_tokens=tensors["routed_tokens"],
+            fallbacks=tensors["fallbacks"].tolist(),
+        )
+
+    def keep_layer(self, number: int, result: LayerResult) -> None:
+        """Finish a layer."""
+        path = self._layer_path(number)
+        path.parent.mkdir(exist_ok=True)
+        fixed = {
+            "permutation": result.permutation,
+            "dropped": result.dropped,
+            "routed_tokens": result.routed_tokens,
+            "fallbacks": torch.tensor(result.fallbacks, dtype=torch.int64),
+        }
+        save_tensors(path, fixed | {f"{_PREFIX}{name}": value for name, value in result.tensors.items()})
+
+    def remove(self) -> None:
+        """The output is written; nothing here is needed any more."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _layer_path(self, number: int) -> Path:
+        return self.path / "layers" / f"layer-{number:03d}.safetensors"
+
+
+def model_identity(model: Any, layers: list[ExpertLayer]) -> str:
+    """A hash of the model's config and of samples of every expert layer's weights."""
+    digest = hashlib.sha256()
+    config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_") and k != "transformers_version"}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for layer in layers:
+        digest.update(fingerprint(layer.module).numpy().tobytes())
+    return digest.hexdigest()
