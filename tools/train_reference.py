@@ -84,6 +84,13 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"--compare {args.compare} is not a model directory (no config.json)")
     if args.export_only and not args.out:
         raise SystemExit("--export-only needs --out, the directory to write")
+    if args.step_tokens < args.context * (args.workers or 1) or args.step_tokens % args.context:
+        raise SystemExit(
+            f"--step-tokens must be a multiple of --context ({args.context}), with a window for every worker; "
+            f"got {args.step_tokens}"
+        )
+    if not 0 < args.decay_share <= 1 or args.warmup_steps < 1:
+        raise SystemExit("--decay-share must be in (0, 1] and --warmup-steps at least 1")
     if args.out:
         from reference_training.export import check_output
 

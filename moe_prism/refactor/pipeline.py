@@ -8,13 +8,14 @@ measures no quality (``evaluation`` does).
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..checkpoint.atomic import check_disk_space, check_output
 from ..checkpoint.card import model_card
@@ -36,9 +37,6 @@ from .workspace import Workspace, model_identity
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all); stages are "sample", "capture" and "layers"."""
-
-
-_STORED_DTYPE = "_moe_prism_stored_dtype"
 
 
 class LayerReport(NamedTuple):
@@ -83,8 +81,7 @@ def load_stock(source: str, dtype: str | torch.dtype = "auto") -> tuple[PreTrain
     if path.exists() and not (path / "config.json").is_file():
         raise PrismError(f"{source} has no config.json; give a model directory or a model name of the hub")
     try:
-        config = AutoConfig.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         raise PrismError(f"{source} cannot be loaded as a causal language model: {error}") from None
     if getattr(model.config, CONFIG_KEY, None) is not None:
@@ -93,17 +90,15 @@ def load_stock(source: str, dtype: str | torch.dtype = "auto") -> tuple[PreTrain
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):
         tokenizer = None
+    if info["unexpected_keys"]:
+        some = ", ".join(sorted(info["unexpected_keys"])[:3])
+        warnings.warn(
+            f"{source}: transformers does not load {len(info['unexpected_keys'])} of its tensors ({some}, ...); "
+            "they will be missing from the elastic checkpoint and from what is restored of it",
+            stacklevel=2,
+        )
     model.eval()
-    # from_pretrained overwrites the config's dtype with the one in memory
-    if isinstance(config.dtype, torch.dtype):
-        model.__dict__[_STORED_DTYPE] = config.dtype
     return model, tokenizer
-
-
-def stored_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype a model is kept in on disk, whatever it was loaded in."""
-    stored = model.__dict__.get(_STORED_DTYPE)
-    return stored if isinstance(stored, torch.dtype) else model.dtype
 
 
 def check_recipe(recipe: Recipe, layers: list[ExpertLayer]) -> tuple[Solver, Gate]:
@@ -189,7 +184,7 @@ def refactor_model(
         seed=recipe.seed,
         layers=[layer.name for layer in layers],
         calibration=Calibration(text=name, tokens=windows.numel()),
-        weights_dtype=str(stored_dtype(model)).removeprefix("torch."),
+        weights_dtype=str(model.dtype).removeprefix("torch."),
         created_with=versions(),
     )
     reports = [
@@ -209,7 +204,6 @@ def write_refactored(done: Refactored, recipe: Recipe, out: Path, base_model: st
     """Write a refactored model as an elastic checkpoint, whole or not at all."""
 
     def save(folder: Path) -> None:
-        torch.nn.Module.to(done.model, stored_dtype(done.model))
         done.model.save_pretrained(folder)
         if done.tokenizer is not None:
             done.tokenizer.save_pretrained(folder)
@@ -264,10 +258,21 @@ def make_elastic(
     GATES.create(recipe.gate, recipe.gate_options)
     model, tokenizer = load_stock(str(source), compute_dtype)
     done, work = refactor_model(model, tokenizer, recipe, out, text, progress)
-    base = str(source) if not Path(source).exists() else Path(source).resolve().name
+    if compute_dtype != "auto":
+        # every tensor is written in the dtype it was stored in, so the weights are read again, not cast back
+        done = _with_stored_weights(done, str(source))
+    base = None if Path(source).exists() else str(source)  # only a name on the hub goes into the card
     write_refactored(done, recipe, out, base)
     work.remove()
     return done
+
+
+def _with_stored_weights(done: Refactored, source: str) -> Refactored:
+    model, _ = load_stock(source)
+    for layer in find_expert_layers(model):
+        permute_neurons(layer, done.tensors[permutation_key(layer.name)])
+    dtype = str(model.dtype).removeprefix("torch.")
+    return done._replace(model=model, elastic=done.elastic.model_copy(update={"weights_dtype": dtype}))
 
 
 def _apply(layers: list[ExpertLayer], results: list[LayerResult]) -> dict[str, Tensor]:

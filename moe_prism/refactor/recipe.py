@@ -88,5 +88,5 @@ class Recipe(BaseModel):
         lines = []
         for name, field in Recipe.model_fields.items():
             lines.append(f"# {field.description}")
-            lines.append(yaml.safe_dump({name: getattr(self, name)}, default_flow_style=None).strip())
+            lines.append(yaml.safe_dump({name: getattr(self, name)}, default_flow_style=False).strip())
         return "\n".join(lines) + "\n"

@@ -27,7 +27,8 @@ from moe_prism.evaluation.lm_eval_model import MoePrismLM  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TASKS = Path(__file__).with_name("tasks")
-LIMITS = {"prism_arc_easy": 20, "prism_wikitext": 8}
+# documents of each task: enough to tell budgets apart, short enough for a test
+SAMPLES = {"prism_arc_easy": list(range(12)), "prism_wikitext": list(range(12))}
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +68,16 @@ def local_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # runs pip and more, for seconds
 
 
 def results_of(model: HFLM) -> dict[str, dict[str, Any]]:
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
-    found = {}
-    for task, limit in LIMITS.items():
-        done = lm_eval.simple_evaluate(
-            model, tasks=[task], limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False
-        )
-        assert done is not None
-        found[task] = {k: v for k, v in done["results"][task].items() if isinstance(v, float)}
-    return found
+    done = lm_eval.simple_evaluate(
+        model, tasks=list(SAMPLES), samples=SAMPLES, task_manager=manager, bootstrap_iters=0, log_samples=False
+    )
+    assert done is not None
+    return {task: {k: v for k, v in done["results"][task].items() if isinstance(v, float)} for task in SAMPLES}
 
 
 @pytest.mark.usefixtures("local_only")
@@ -113,7 +112,13 @@ def test_stock_command_finds_the_model(checkpoint: Path, tmp_path: Path) -> None
         for group, members in entry_points().items()
     ]
     (installed / "entry_points.txt").write_text("\n".join(lines))
-    command = [sys.executable, "-m", "lm_eval", "--model", "moe_prism", "--tasks", "prism_arc_easy", "--limit", "4"]
+    # the stock command's own function, spared the index of 14,000 built-in tasks, which takes most of a minute
+    stock = (
+        "import functools, lm_eval.tasks as t; "
+        "t.TaskManager = functools.partial(t.TaskManager, include_defaults=False); "
+        "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    )
+    command = [sys.executable, "-c", stock, "--model", "moe_prism", "--tasks", "prism_arc_easy", "--limit", "2"]
     command += ["--model_args", f"pretrained={checkpoint},k_active=8,dtype=float32", "--device", "cpu"]
     command += ["--include_path", str(TASKS), "--output_path", str(tmp_path / "out")]
     path = os.pathsep.join([str(installed.parent), str(ROOT)])
@@ -122,7 +127,7 @@ def test_stock_command_finds_the_model(checkpoint: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-2000:]
     (written,) = (tmp_path / "out").rglob("results_*.json")
     result = json.loads(written.read_text())
-    assert result["results"]["prism_arc_easy"]["acc,none"] in (0, 0.25, 0.5, 0.75, 1)
+    assert result["results"]["prism_arc_easy"]["acc,none"] in (0, 0.5, 1)
     assert result["config"]["k_active"] == 8
     assert result["config"]["full_budget"] == 16
 
@@ -173,10 +178,10 @@ def test_bad_arguments_are_refused_before_loading(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
     def never(*_: object, **__: object) -> None:
-        raise AssertionError("loading was started")
+        pytest.fail("loading was started")
 
     monkeypatch.setattr(elastic, "load_elastic", never)
-    monkeypatch.setattr(HFLM, "__init__", never)
+    monkeypatch.setattr(HFLM, "_get_config", never)
     with pytest.raises(PrismError, match=message):
         MoePrismLM(pretrained=str(tiny_checkpoint), **options)
 

@@ -72,6 +72,13 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of the time, and most tests are not about it."""
+    monkeypatch.setattr(report_module, "frontier_png", lambda *_, **__: b"png")
+    monkeypatch.setattr(report_module, "frontier_svg", lambda *_, **__: b"<svg/>")
+
+
 def test_report_folder(tmp_path: Path) -> None:
     points = operating_points()
     page = write_report(tmp_path / "deep" / "report", points, RECIPE, "A model")
@@ -84,6 +91,7 @@ def test_report_folder(tmp_path: Path) -> None:
     assert ElementTree.fromstring((page.parent / "frontier.svg").read_bytes()).tag.endswith("svg")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_page_is_self_contained_and_complete() -> None:
     points = operating_points()
     html = render_html(points, RECIPE, "A <model> & more")
@@ -108,13 +116,6 @@ def test_page_is_self_contained_and_complete() -> None:
         "3 : 2",  # all points of this example are distinct and stable
     ):
         assert expected in page.text, expected
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes most of the time, and most tests are not about it."""
-    monkeypatch.setattr(report_module, "frontier_png", lambda *_, **__: b"png")
-    monkeypatch.setattr(report_module, "frontier_svg", lambda *_, **__: b"<svg/>")
 
 
 @pytest.mark.usefixtures("no_pictures")

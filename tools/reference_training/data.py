@@ -64,9 +64,10 @@ def prepare(files: list[Path], workdir: Path, vocab_size: int, max_length: int) 
     Returns what ``workdir/data.json`` holds: token and byte counts and the SHA-256 of every file.
     """
     meta_path = workdir / "data.json"
+    digests = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
     if meta_path.exists():
         meta: dict[str, object] = json.loads(meta_path.read_text())
-        if meta["vocab_size"] != vocab_size or meta["names"] != [f.name for f in files]:
+        if meta["vocab_size"] != vocab_size or meta["sha256"] != digests:
             raise SystemExit(f"{workdir} holds other data ({meta['names']}); name another --workdir")
         return meta
     workdir.mkdir(parents=True, exist_ok=True)
@@ -86,12 +87,14 @@ def prepare(files: list[Path], workdir: Path, vocab_size: int, max_length: int) 
     wrap_tokenizer(tokenizer, max_length).save_pretrained(workdir / "tokenizer")
     meta = {
         "names": [f.name for f in files],
-        "sha256": [hashlib.sha256(f.read_bytes()).hexdigest() for f in files],
+        "sha256": digests,
         "vocab_size": vocab_size,
         "tokens": n_tokens,
         "bytes": n_bytes,
     }
-    meta_path.write_text(json.dumps(meta, indent=1))
+    draft = meta_path.with_suffix(".tmp")
+    draft.write_text(json.dumps(meta, indent=1))
+    os.replace(draft, meta_path)
     return meta
 
 

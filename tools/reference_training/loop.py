@@ -46,6 +46,11 @@ def schedule(step: int, progress: float, config: TrainConfig) -> float:
     return min(1.0, (step + 1) / config.warmup_steps, max(0.0, 1 - progress) / config.decay_share)
 
 
+def _batches_key(config: TrainConfig) -> dict[str, int]:
+    """What decides which tokens step i sees; a run that resumes must not change it. The budgets may change."""
+    return {"seed": config.seed, "step_tokens": config.step_tokens, "context": config.context}
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint under a temporary name and rename it."""
     temporary = path.with_suffix(".tmp")
@@ -81,6 +86,11 @@ def run(rank: int, ranks: int, workdir: Path, model_config: ModelConfig, config:
         state = torch.load(state_path, map_location=where, weights_only=True)
         if state["model_config"] != asdict(model_config):
             raise SystemExit(f"{state_path} is of another model: {state['model_config']}; name another --workdir")
+        if state["batches"] != _batches_key(config):
+            raise SystemExit(
+                f"{state_path} was trained on other batches: {state['batches']}; give the same settings, or another "
+                "--workdir"
+            )
         model.flat.data.copy_(state["flat"])
         optimiser.load_state_dict(state["optimiser"])
         step, spent = state["step"], state["seconds"]
@@ -95,7 +105,8 @@ def run(rank: int, ranks: int, workdir: Path, model_config: ModelConfig, config:
             optimiser_state = optimiser.state_dict()
             seconds = time.monotonic() - started
             state = {"flat": model.flat.data, "optimiser": optimiser_state, "step": step, "seconds": seconds}
-            save(state_path, {**state, "model_config": asdict(model_config)})
+            fixed = {"model_config": asdict(model_config), "batches": _batches_key(config)}
+            save(state_path, state | fixed)
 
     while True:
         elapsed = time.monotonic() - started
@@ -123,7 +134,10 @@ def run(rank: int, ranks: int, workdir: Path, model_config: ModelConfig, config:
             raise SystemExit(f"step {step}: the gradient is {norm.item()}; lower --learning-rate and restart")
         model.flat.grad *= min(1.0, 1.0 / (float(norm) + 1e-6))
         optimiser.step()
-        before, step = step / total_steps, step + 1
+        before, step = progress, step + 1
+        now_at = step / total_steps
+        if config.minutes is not None:
+            now_at = max(now_at, (time.monotonic() - started) / 60 / config.minutes)
         if rank == 0 and (step % 20 == 0 or step == 1):
             now = time.monotonic()
             record = {
@@ -144,7 +158,7 @@ def run(rank: int, ranks: int, workdir: Path, model_config: ModelConfig, config:
                 log.write(json.dumps(record) + "\n")
             print(record, flush=True)
         for share in SNAPSHOTS:
-            if rank == 0 and before < share <= step / total_steps:
+            if rank == 0 and before < share <= now_at:
                 save(workdir / f"weights-{round(share * 100):03d}.pt", {"flat": model.flat.data, "step": step})
         if time.monotonic() - last_save > 120:
             checkpoint()

@@ -132,7 +132,14 @@ class ReferenceModel(nn.Module):
         # q, k and v lie side by side in the flat buffer, so one product serves the three
         qkv = x @ torch.cat([p[f"{prefix}{name}_proj.weight"] for name in "qkv"]).t()
         q, k = normalise_and_rotate(
-            qkv, p[f"{prefix}q_norm.weight"], p[f"{prefix}k_norm.weight"], cos, sin, b, self.config.heads, self.config.eps
+            qkv,
+            p[f"{prefix}q_norm.weight"],
+            p[f"{prefix}k_norm.weight"],
+            cos,
+            sin,
+            b,
+            self.config.heads,
+            self.config.eps,
         )
         v = qkv[:, 2 * h :].view(b, s, self.config.heads, -1)
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
@@ -151,5 +158,3 @@ def normalise_and_rotate(
         return y * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
     return one(qkv[:, :h], q_weight), one(qkv[:, h : 2 * h], k_weight)
-
-

@@ -2,10 +2,11 @@
 
 Example::
 
-    labels = SOLVERS.create("balanced", {"runs": 8, "polish_rounds": 10}).solve(impact, num_sub_experts=4, switched_off=2, seed=0)
+    solver = SOLVERS.create("balanced", {"runs": 8, "polish_rounds": 10})
+    labels = solver.solve(impact, num_sub_experts=4, switched_off=2, seed=0)
 """
 
-from . import annealing, balanced, contiguous, greedy, importance
+from . import annealing, balanced, contiguous, greedy, importance  # noqa: F401 (importing registers)
 from .base import DEFAULT_SOLVER, SOLVERS, Solver
 from .objective import dropped_mass, relative_dropped_mass
 

@@ -12,9 +12,8 @@ grow: an annealing whose every step moves all neurons.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from .swaps import F32, I64, JIT
+from .compiled import F32, I64, compiled
 
 # Tokens whose masses are computed together: their rows stay in the first-level cache for the second use.
 _BLOCK = 16
@@ -22,7 +21,7 @@ _BLOCK = 16
 _TOLERANCE = 1e-6
 
 
-@njit(**JIT)
+@compiled
 def _block_masses(impact: F32, tokens: I64, masks: F32, masses: F32) -> None:
     """masses [len(tokens), N] of the given rows; masks [N, C] is 1 where the neuron is a member."""
     num_sub_experts, num_neurons = masks.shape
@@ -52,7 +51,7 @@ def _block_masses(impact: F32, tokens: I64, masks: F32, masses: F32) -> None:
             masses[t, n] = total
 
 
-@njit(**JIT)
+@compiled
 def linear_costs(impact: F32, tokens: I64, members: I64, rank_weights: F32, costs: F32) -> float:
     """Linearise the objective at a partition.
 
@@ -95,61 +94,56 @@ def linear_costs(impact: F32, tokens: I64, members: I64, rank_weights: F32, cost
     return value
 
 
-@njit(**JIT)
-def rebalance(costs: F32, members: I64, sweeps: int) -> float:
-    """Lower the summed cost of a partition, sizes kept; returns the change (never positive).
+@compiled
+def rebalance(costs: F32, members: I64) -> float:
+    """Lower the summed cost of a partition, sizes kept, in place; returns the change (never positive).
 
     Takes two sub-experts, pools their neurons and deals them out again at the median of the cost difference,
-    which is the exact optimum for the two; every pair in turn, ``sweeps`` times or until nothing moves.
+    which is the exact optimum for the two; every pair in turn, once. Repeating it until nothing moves costs more
+    than it gains, since the costs change with every move.
     """
     num_sub_experts, size = members.shape
     pool = np.empty(2 * size, np.int64)
     difference = np.empty(2 * size, np.float32)
     change = 0.0
-    for _ in range(sweeps):
-        before = change
-        for i in range(num_sub_experts - 1):
-            for j in range(i + 1, num_sub_experts):
-                highest, lowest = np.float32(-np.inf), np.float32(np.inf)
-                for slot in range(size):
-                    c, d = members[i, slot], members[j, slot]
-                    pool[slot], pool[size + slot] = c, d
-                    difference[slot] = costs[i, c] - costs[j, c]
-                    difference[size + slot] = costs[i, d] - costs[j, d]
-                    highest = max(highest, difference[slot])
-                    lowest = min(lowest, difference[size + slot])
-                if highest <= lowest:
-                    continue
-                median = np.partition(difference, size - 1)[size - 1]
-                ties = size
-                for p in range(2 * size):
-                    ties -= difference[p] < median
-                # Of the neurons exactly at the median, the first ones (members of i first) stay or go to i.
-                to_i, to_j = 0, 0
-                for p in range(2 * size):
-                    goes_to_i = difference[p] < median
-                    if difference[p] == median and ties > 0:
-                        goes_to_i = True
-                        ties -= 1
-                    if goes_to_i:
-                        members[i, to_i] = pool[p]
-                        to_i += 1
-                        if p >= size:
-                            change += difference[p]
-                    else:
-                        members[j, to_j] = pool[p]
-                        to_j += 1
-                        if p < size:
-                            change -= difference[p]
-        if change == before:
-            break
+    for i in range(num_sub_experts - 1):
+        for j in range(i + 1, num_sub_experts):
+            highest, lowest = np.float32(-np.inf), np.float32(np.inf)
+            for slot in range(size):
+                c, d = members[i, slot], members[j, slot]
+                pool[slot], pool[size + slot] = c, d
+                difference[slot] = costs[i, c] - costs[j, c]
+                difference[size + slot] = costs[i, d] - costs[j, d]
+                highest = max(highest, difference[slot])
+                lowest = min(lowest, difference[size + slot])
+            if highest <= lowest:
+                continue
+            median = np.partition(difference, size - 1)[size - 1]
+            ties = size
+            for p in range(2 * size):
+                ties -= difference[p] < median
+            # Of the neurons exactly at the median, the first ones (members of i first) stay in or go to i.
+            to_i, to_j = 0, 0
+            for p in range(2 * size):
+                goes_to_i = difference[p] < median
+                if difference[p] == median and ties > 0:
+                    goes_to_i = True
+                    ties -= 1
+                if goes_to_i:
+                    members[i, to_i] = pool[p]
+                    to_i += 1
+                    if p >= size:
+                        change += difference[p]
+                else:
+                    members[j, to_j] = pool[p]
+                    to_j += 1
+                    if p < size:
+                        change -= difference[p]
     return change
 
 
-@njit(**JIT)
-def descend(
-    impact: F32, members: I64, rank_weights: F32, batches: I64, draws: I64, sweeps: int, max_full_rounds: int
-) -> float:
+@compiled
+def descend(impact: F32, members: I64, rank_weights: F32, batches: I64, draws: I64, max_full_rounds: int) -> float:
     """Reassign neurons on growing random batches, then on all tokens until it settles; in place on ``members``.
 
     Args:
@@ -158,7 +152,6 @@ def descend(
         rank_weights: [N], see :func:`linear_costs`.
         batches: sizes of the successive random batches.
         draws: [sum of batches] token indices, used in order.
-        sweeps: of :func:`rebalance` per step.
         max_full_rounds: steps on all tokens, at least 1; usually fewer are needed.
 
     Returns:
@@ -168,13 +161,13 @@ def descend(
     used = 0
     for size in batches:
         linear_costs(impact, draws[used : used + size], members, rank_weights, costs)
-        rebalance(costs, members, sweeps)
+        rebalance(costs, members)
         used += size
     everything = np.arange(impact.shape[0])
     bound = np.inf
     for _ in range(max_full_rounds):
         value = linear_costs(impact, everything, members, rank_weights, costs)
-        change = rebalance(costs, members, sweeps)
+        change = rebalance(costs, members)
         bound = value + change
         if change >= -_TOLERANCE * value:
             break

@@ -35,12 +35,15 @@ def check_problem(impact: NDArray[np.float32], num_sub_experts: int, switched_of
         raise PrismError(
             f"num_sub_experts must divide the {num_neurons} neurons, got {num_sub_experts}; choose one of {divisors}"
         )
+    if num_sub_experts == 1 and switched_off is not None:
+        raise PrismError(f"switched_off: one sub-expert leaves nothing to switch off, got {switched_off}; use None")
     if switched_off is not None and not 1 <= switched_off < num_sub_experts:
         raise PrismError(
             f"switched_off must be in 1..{num_sub_experts - 1} for {num_sub_experts} sub-experts, got {switched_off}; "
             "None takes the mean over all of them"
         )
-    as_float32 = np.asarray(impact, dtype=np.float32)
+    with np.errstate(over="ignore"):  # becomes infinite, which is refused below
+        as_float32 = np.asarray(impact, dtype=np.float32)
     lowest, highest = float(as_float32.min()), float(as_float32.max())
     if not (np.isfinite(lowest) and np.isfinite(highest)):
         raise PrismError("impact holds NaN or infinite values; check the model's activations before refactoring")
@@ -63,7 +66,7 @@ def dropped_mass(
 
     Args:
         impact: [B, C] non-negative.
-        labels: [C] in [0, N). Sizes need not be equal: other clusterings can be judged too.
+        labels: [C] in [0, N); sizes need not be equal, so that other clusterings can be judged too.
         num_sub_experts: N.
         switched_off: K, or None for the mean over K = 1..N-1.
 

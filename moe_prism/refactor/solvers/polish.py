@@ -6,13 +6,13 @@ Knows nothing of how the partition was found.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from .compiled import F32, I64, compiled
 from .descent import linear_costs, rebalance
-from .swaps import F32, I64, JIT, apply_swap, masses_of, refresh_caps, swap_delta
+from .swaps import apply_swap, masses_of, refresh_caps, swap_delta
 
 
-@njit(**JIT)
+@compiled
 def polish(
     impact: F32, columns: F32, members: I64, ranks: I64, rank_weights: F32, candidates: int, max_rounds: int
 ) -> float:
@@ -43,7 +43,7 @@ def polish(
     for _ in range(max_rounds):
         before = change
         linear_costs(impact, everything, members, rank_weights, costs)
-        rebalance(costs, members, 1)
+        rebalance(costs, members)
         masses = masses_of(columns, members)
         others = np.empty_like(masses)
         for i in range(num_sub_experts - 1):

@@ -14,27 +14,20 @@ vectorised pass over the tokens, whatever N and K are.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-F32 = NDArray[np.float32]
-I64 = NDArray[np.int64]
-
-# Reassociation lets a reduction use SIMD lanes. "ninf" stays out: missing caps are infinite.
-JIT: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"reassoc", "nsz", "contract", "nnan"}}
+from .compiled import F32, I64, compiled
 
 
-@njit(inline="always", **JIT)
+@compiled
 def pair_index(i: int, j: int, num_sub_experts: int) -> int:
     """Position of the unordered pair {i, j} in a list of all N (N - 1) / 2 pairs."""
     low, high = (i, j) if i < j else (j, i)
     return low * num_sub_experts - low * (low + 1) // 2 + high - low - 1
 
 
-@njit(**JIT)
+@compiled
 def masses_of(columns: F32, members: I64) -> F32:
     """L1 mass [N, B] of every sub-expert and token; columns [C, B], members [N, C/N] of neuron indices."""
     masses = np.zeros((members.shape[0], columns.shape[1]), np.float32)
@@ -45,7 +38,7 @@ def masses_of(columns: F32, members: I64) -> F32:
     return masses
 
 
-@njit(**JIT)
+@compiled
 def refresh_caps(masses: F32, i: int, j: int, ranks: I64, others: F32, caps: F32) -> None:
     """Fill caps [len(ranks), B] of the pair (i, j); ``ranks`` holds the K's, ``others`` [N, B] is scratch."""
     num_others = 0
@@ -75,7 +68,7 @@ def refresh_caps(masses: F32, i: int, j: int, ranks: I64, others: F32, caps: F32
                 cap[b] = cap[b] if cap[b] < room else room
 
 
-@njit(**JIT)
+@compiled
 def swap_delta(mass_i: F32, mass_j: F32, column_c: F32, column_d: F32, caps: F32) -> float:
     """Change of the objective (summed over the ranks) if c leaves i for j and d comes back; all rows [B]."""
     total = np.float32(0.0)
@@ -92,10 +85,10 @@ def swap_delta(mass_i: F32, mass_j: F32, column_c: F32, column_d: F32, caps: F32
             new = new if new < cap[b] else cap[b]
             part += new - old
         total += part
-    return total
+    return float(total)
 
 
-@njit(**JIT)
+@compiled
 def apply_swap(mass_i: F32, mass_j: F32, column_c: F32, column_d: F32) -> None:
     """Move the masses of the pair as :func:`swap_delta` assumed."""
     for b in range(mass_i.size):
@@ -104,7 +97,7 @@ def apply_swap(mass_i: F32, mass_j: F32, column_c: F32, column_d: F32) -> None:
         mass_j[b] -= shift
 
 
-@njit(**JIT)
+@compiled
 def anneal(
     columns: F32,
     members: I64,
