@@ -81,19 +81,20 @@ def load_stock(source: str, dtype: str | torch.dtype = "auto") -> tuple[PreTrain
     if path.exists() and not (path / "config.json").is_file():
         raise PrismError(f"{source} has no config.json; give a model directory or a model name of the hub")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         raise PrismError(f"{source} cannot be loaded as a causal language model: {error}") from None
+    model: PreTrainedModel = loaded[0]
     if getattr(model.config, CONFIG_KEY, None) is not None:
         raise PrismError(f"{source} is elastic already; refactor the original, or `moe-prism restore` it first")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError):
         tokenizer = None
-    if info["unexpected_keys"]:
-        some = ", ".join(sorted(info["unexpected_keys"])[:3])
+    dropped = sorted(loaded[1]["unexpected_keys"])
+    if dropped:
         warnings.warn(
-            f"{source}: transformers does not load {len(info['unexpected_keys'])} of its tensors ({some}, ...); "
+            f"{source}: transformers does not load {len(dropped)} of its tensors ({', '.join(dropped[:3])}, ...); "
             "they will be missing from the elastic checkpoint and from what is restored of it",
             stacklevel=2,
         )
