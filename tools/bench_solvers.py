@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from moe_prism.errors import PrismError
 from moe_prism.refactor.solvers import DEFAULT_SOLVER, SOLVERS, Solver, relative_dropped_mass
+from moe_prism.refactor.solvers.balanced import finalists_of
 
 SYNTHETIC = {"olmoe-1b-7b": (2000, 1024)}
 """Tokens and neurons of an expert of that shape."""
@@ -106,16 +107,21 @@ def contestants(impact: NDArray[np.float32], args: argparse.Namespace) -> dict[s
     solvers = {name: SOLVERS.create(name) for name in SOLVERS}
     for solver in solvers.values():
         timed(solver, impact[:64], args)  # compiles
-    one, many = 2, 8
-    polished = {runs: SOLVERS.create("balanced", {"runs": runs, "polish_rounds": 10}) for runs in (one, many)}
-    timed(polished[one], impact[:64], args)
+    plain, few, many = (
+        SOLVERS.create("balanced", o) for o in ({}, {"polish_rounds": 10}, {"runs": 5, "polish_rounds": 10})
+    )
+    timed(few, impact[:64], args)
 
     def median(solver: Solver) -> float:
         return float(np.median([timed(solver, impact, args)[1] for _ in range(3)]))
 
-    per_run = (median(polished[many]) - median(polished[one])) / (many - one)
+    one = median(few)
+    per_run, per_polish = (median(many) - one) / 4, one - median(plain)
     # A part is left free, since experts differ in how soon they settle.
-    runs = max(1, int(one + (0.85 * median(solvers[REFERENCE]) - median(polished[one])) / per_run))
+    allowed = 0.85 * median(solvers[REFERENCE])
+    runs = 1
+    while runs < 100 and one + runs * per_run + (finalists_of(runs + 1) - 1) * per_polish <= allowed:
+        runs += 1
     solvers[EQUAL_TIME] = SOLVERS.create("balanced", {"runs": runs, "polish_rounds": 10})
     return solvers
 

@@ -26,15 +26,20 @@ def bars(labels: dict[str, str]) -> Iterator[Callable[[str, int, int], None]]:
         labels: what to print for a stage; others are shown under their own name.
     """
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err) as progress:
-        tasks: dict[str, TaskID] = {}
+    progress = Progress(*columns, console=err)
+    tasks: dict[str, TaskID] = {}
 
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(labels.get(stage, stage), total=total)
-            progress.update(tasks[stage], completed=done, total=total)
+    def tell(stage: str, done: int, total: int) -> None:
+        progress.start()  # only now: bad input that is refused before any work leaves no trace on the screen
+        if stage not in tasks:
+            tasks[stage] = progress.add_task(labels.get(stage, stage), total=total)
+        progress.update(tasks[stage], completed=done, total=total)
 
+    try:
         yield tell
+    finally:
+        if tasks:
+            progress.stop()
 
 
 def compute_dtype(dtype: Dtype) -> str | torch.dtype:

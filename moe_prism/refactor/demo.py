@@ -25,12 +25,10 @@ from ..evaluation.sweep import sweep
 from .pipeline import Progress, load_stock, make_elastic, refactor_model
 from .recipe import Recipe
 
-# The paper's partition and gate, with fewer swaps than its 100,000: the demo has minutes, and on experts
-# of a few hundred neurons the objective hardly moves after these.
 PAPER: dict[str, dict[str, Any]] = {
     "paper: proxy": {
         "solver": "annealing",
-        "solver_options": {"swaps": 10_000},
+        "solver_options": {},
         "impact": "activation",
         "gate": "proxy",
         "gate_options": {"weighted": False},

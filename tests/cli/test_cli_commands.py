@@ -109,7 +109,7 @@ def test_the_demo_on_a_tiny_model(made, tmp_path) -> None:
     args = ("demo", "--model", made / "stock", "--out", tmp_path, "--recipe", made / "recipe.yaml", "--tokens", 512)
     done = run(*args)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("The old captain") == 3
+    assert done.stdout.count("old captain") == 3  # the tiny vocabulary has no capital letter
     points = json.loads((tmp_path / "report" / "operating_points.json").read_text())
     assert set(points["paper_gates"]) == {"paper: proxy", "paper: linear"}
     assert points["distinct_stable"]["baseline"] is not None

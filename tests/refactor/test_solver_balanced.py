@@ -13,7 +13,7 @@ from solver_truth import optimum
 
 from moe_prism.refactor.solvers import SOLVERS, dropped_mass
 from moe_prism.refactor.solvers.base import labels_of, switched_off_counts
-from moe_prism.refactor.solvers.descent import descend, linear_costs, rebalance
+from moe_prism.refactor.solvers.descent import descend, kth_smallest, linear_costs, rebalance
 from moe_prism.refactor.solvers.polish import polish
 
 NO_BATCHES = np.empty(0, np.int64)
@@ -79,6 +79,13 @@ def test_linear_costs_touch_the_objective_and_bound_it(seed: int, n: int, tokens
     assert costs[labels_of(members), np.arange(n * 5)].sum() == pytest.approx(exact, rel=1e-5, abs=1e-6)
     bound = costs[labels_of(other), np.arange(n * 5)].sum()
     assert dropped_mass(impact, labels_of(other), n, k) <= bound * (1 + 1e-5) + 1e-6
+
+
+@given(values=st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=40), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_kth_smallest_is_what_sorting_gives(values: list[float], data: st.DataObject) -> None:
+    k = data.draw(st.integers(0, len(values) - 1))
+    assert kth_smallest(np.array(values, np.float32), k) == sorted(values)[k]
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 5), with_ties=st.booleans())

@@ -42,7 +42,8 @@ class Balanced(Solver):
     runs: int = 1
     """Independent runs, at least 1; the time is proportional. They are compared by the last step's bound."""
     polish_rounds: int = 0
-    """At most so many rounds of exact swaps, the most promising first, on the best partition. 10 is plenty."""
+    """At most so many rounds of exact swaps, the most promising first, on the best runs: one of every six, at least
+    one and at most five. 10 rounds are plenty."""
     cold_swaps: int = 0
     """Random swaps at the very end, only gains accepted: refinement by the paper's annealing at temperature 0."""
 
@@ -64,33 +65,36 @@ class Balanced(Solver):
         batches = _batch_sizes(num_tokens)
         rng = np.random.default_rng(seed)
 
-        best = members_of(Importance().partition(impact, num_sub_experts, switched_off, seed), num_sub_experts)
-        scratch = np.empty((num_sub_experts, num_neurons), np.float32)
-        best_value = linear_costs(impact, np.arange(num_tokens), best, rank_weights, scratch)
+        def value_of(members: NDArray[np.int64]) -> float:
+            scratch = np.empty((num_sub_experts, num_neurons), np.float32)
+            return linear_costs(impact, np.arange(num_tokens), members, rank_weights, scratch)
+
+        by_importance = Importance().partition(impact, num_sub_experts, switched_off, seed)
+        found = [members_of(by_importance, num_sub_experts)]
+        values = [value_of(found[0])]
         for _ in range(self.runs):
             members = rng.permutation(num_neurons).reshape(num_sub_experts, -1)
             draws = rng.integers(num_tokens, size=batches.sum())
-            value = descend(impact, members, rank_weights, batches, draws, _FULL_ROUNDS)
-            if value < best_value:
-                best, best_value = members, value
+            values.append(descend(impact, members, rank_weights, batches, draws, _FULL_ROUNDS))
+            found.append(members)
+        finalists = [found[index] for index in np.argsort(values, kind="stable")[: finalists_of(self.runs)]]
+        best = finalists[0]
         if self.polish_rounds or self.cold_swaps:
-            self._refine(impact, best, ranks, rank_weights, rng)
+            columns = np.ascontiguousarray(impact.T)
+            size = best.shape[1]
+            if self.polish_rounds:
+                for members in finalists:
+                    polish(impact, columns, members, ranks, rank_weights, min(16, size), self.polish_rounds)
+                best = min(finalists, key=value_of)
+            upper = [num_sub_experts, num_sub_experts, size, size]
+            picks = rng.integers([0, 1, 0, 0], upper, size=(self.cold_swaps, 4), dtype=np.int64)
+            anneal(columns, best, ranks, picks, np.zeros(self.cold_swaps), 0.0, 1.0)
         return labels_of(best)
 
-    def _refine(
-        self,
-        impact: NDArray[np.float32],
-        members: NDArray[np.int64],
-        ranks: NDArray[np.int64],
-        rank_weights: NDArray[np.float32],
-        rng: np.random.Generator,
-    ) -> None:
-        columns = np.ascontiguousarray(impact.T)
-        num_sub_experts, size = members.shape
-        polish(impact, columns, members, ranks, rank_weights, min(16, size), self.polish_rounds)
-        upper = [num_sub_experts, num_sub_experts, size, size]
-        picks = rng.integers([0, 1, 0, 0], upper, size=(self.cold_swaps, 4), dtype=np.int64)
-        anneal(columns, members, ranks, picks, np.zeros(self.cold_swaps), 0.0, 1.0)
+
+def finalists_of(runs: int) -> int:
+    """How many of the candidates are polished: polishing one costs about as much as three more runs."""
+    return min(5, max(1, runs // 6))
 
 
 def _batch_sizes(num_tokens: int) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ from .swaps import apply_swap, masses_of, refresh_caps, swap_delta
 @compiled
 def polish(
     impact: F32, columns: F32, members: I64, ranks: I64, rank_weights: F32, candidates: int, max_rounds: int
-) -> float:
+) -> None:
     """Swap neurons while that lowers the objective; in place on ``members``.
 
     At a settled partition no swap lowers the linear bound, but the objective lies below the bound, so the swaps
@@ -30,18 +30,14 @@ def polish(
         rank_weights: [N], see :func:`~moe_prism.refactor.solvers.descent.linear_costs`.
         candidates: neurons of each side of a pair, 1..C/N.
         max_rounds: stops earlier when a round finds nothing.
-
-    Returns:
-        The accumulated change of the objective by exact swaps (not counting the linear steps between them).
     """
     num_sub_experts, size = members.shape
     everything = np.arange(impact.shape[0])
     costs = np.empty((num_sub_experts, impact.shape[1]), np.float32)
     caps = np.empty((ranks.size, impact.shape[0]), np.float32)
     cost_i, cost_j = np.empty(size, np.float32), np.empty(size, np.float32)
-    change = 0.0
     for _ in range(max_rounds):
-        before = change
+        accepted = 0
         linear_costs(impact, everything, members, rank_weights, costs)
         rebalance(costs, members)
         masses = masses_of(columns, members)
@@ -59,11 +55,10 @@ def polish(
                     for p in range(max(0, diagonal - candidates + 1), min(diagonal, candidates - 1) + 1):
                         slot_i, slot_j = order_i[p], order_j[diagonal - p]
                         c, d = members[i, slot_i], members[j, slot_j]
-                        delta = swap_delta(masses[i], masses[j], columns[c], columns[d], caps) / ranks.size
+                        delta = swap_delta(masses[i], masses[j], columns[c], columns[d], caps)
                         if delta < 0.0:
                             apply_swap(masses[i], masses[j], columns[c], columns[d])
                             members[i, slot_i], members[j, slot_j] = d, c
-                            change += delta
-        if change == before:
+                            accepted += 1
+        if accepted == 0:
             break
-    return change
