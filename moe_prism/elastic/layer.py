@@ -17,8 +17,12 @@ from ..errors import PrismError
 from ..experts.neurons import down_bias
 from ..gates import Gate
 from .dial import Dial
-from .executors import run_reference
+from .executors import run_masked, run_reference
 from .selection import choose, gather_selection
+
+# Routed tokens per expert from which small products cost more than the work that they save (measured on a
+# CPU at C = 192, H = 192: 0.55 s against 0.21 s for 2,048 tokens at half budget).
+MASKED_FROM = 32
 
 
 @dataclass
@@ -82,8 +86,11 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     scores = state.gate.score(module, state.on(hidden_states.device), hidden_states, index, n)
     budgets = torch.full((len(hidden_states),), dial.k_active, device=hidden_states.device)
     chosen = choose(scores.values, top_k_weights, budgets, state.gate.weighted, valid)
-    selection = gather_selection(chosen, index, top_k_weights)
-    out = run_reference(module, hidden_states, selection, n, scores.activations)
+    if len(hidden_states) * index.shape[1] >= MASKED_FROM * experts:
+        out = run_masked(module, hidden_states, chosen, index, top_k_weights)
+    else:
+        selection = gather_selection(chosen, index, top_k_weights)
+        out = run_reference(module, hidden_states, selection, n, scores.activations)
     bias = down_bias(module)
     if bias is not None:  # an expert's output bias is kept whatever its sub-experts do: it costs nothing
         weights = top_k_weights if valid is None else top_k_weights.masked_fill(~valid, 0)

@@ -60,6 +60,32 @@ def activations(module: nn.Module, expert: int, x: Tensor, neurons: slice = slic
     return applied
 
 
+def leading_activations(module: nn.Module, expert: int, x: Tensor, runs: int, r: int) -> Tensor:
+    """Activations of the first r neurons of each of ``runs`` equal runs, by one matrix product.
+
+    Args:
+        module: the stacked experts.
+        expert: which one.
+        x: ``[T, H]``.
+        runs: equal runs that an expert's neurons fall into.
+        r: neurons of each.
+
+    Returns:
+        ``[T, runs, r]``.
+    """
+    weight = _leading_rows(module, gate_up(module, expert, slice(None)), runs, r)
+    bias = gate_up_bias(module, expert, slice(None))
+    projected = torch.nn.functional.linear(x, weight, None if bias is None else _leading_rows(module, bias, runs, r))
+    applied: Tensor = module._apply_gate(projected)  # type: ignore[operator]
+    return applied.view(len(x), runs, r)
+
+
+def _leading_rows(module: nn.Module, rows: Tensor, runs: int, r: int) -> Tensor:
+    if module.is_concatenated:
+        return rows.reshape(2, runs, -1, *rows.shape[1:])[:, :, :r].flatten(0, 2)
+    return rows.reshape(runs, -1, 2, *rows.shape[1:])[:, :r].flatten(0, 2)
+
+
 def _both(module: nn.Module, rows: Tensor, neurons: slice) -> Tensor:
     count = rows.shape[0] // 2
     start, stop, _ = neurons.indices(count)

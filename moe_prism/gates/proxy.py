@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PrismError
-from ..experts.neurons import activations, num_neurons
+from ..experts.neurons import leading_activations
 from .base import GATES, Cost, ExpertProfile, LayerShape, Scores, WeightedGate, rows_of
 
 
@@ -68,14 +68,9 @@ class ProxyGate(WeightedGate):
 
     def score(self, module: nn.Module, tensors: dict[str, Tensor], x: Tensor, index: Tensor, n: int) -> Scores:
         """Compute the gate neurons of every candidate and keep their activations for the executor."""
-        size = num_neurons(module) // n
-        r = self.gate_neurons
-        out = x.new_empty(*index.shape, n, r)
+        out = x.new_empty(*index.shape, n, self.gate_neurons)
         for expert, token, slot in rows_of(index, int(module.num_experts)):  # type: ignore[arg-type]
-            rows = x[token]
-            for i in range(n):
-                run = slice(i * size, i * size + r)
-                out[token, slot, i] = activations(module, expert, rows, run).to(out.dtype)
+            out[token, slot] = leading_activations(module, expert, x[token], n, self.gate_neurons).to(out.dtype)
         return Scores(out.abs().mean(-1), out)
 
     def cost(self, shape: LayerShape, k_active: float) -> Cost:

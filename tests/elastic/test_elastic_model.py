@@ -190,3 +190,17 @@ def test_no_token_and_one_expert_for_all(tmp_path) -> None:
         together = module(x, same, weight)
         alone = torch.cat([module(x[t : t + 1], same[t : t + 1], weight[t : t + 1]) for t in range(6)])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gate", GATE_OPTIONS)
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_both_executors_give_the_same(family: str, gate: str, tmp_path, monkeypatch) -> None:
+    model = elastic_model(family, tmp_path, gate=gate, gate_options=GATE_OPTIONS[gate])
+    for k_active in (1, 3, 7):
+        outputs = []
+        for limit in (0, 10**9):
+            monkeypatch.setattr("moe_prism.elastic.layer.MASKED_FROM", limit)
+            with moe_prism.budget(model, k_active):
+                outputs.append(logits(model, batch=4, length=40))
+        torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-4)
+        assert not torch.equal(outputs[0], outputs[1])
