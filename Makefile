@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types format check hooks reference bench-solvers clean distclean
+.PHONY: help env demo test lint types format check hooks reference bench-solvers bench-memory bench-frontier clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -44,8 +44,12 @@ $(VENV)/.dev: $(VENV)/.base
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
+# Without the texts the model writes its own.
+CALIBRATION := $(DATA)/wikitext2/train-first1MB.txt
+DEMO_TEXTS  := $(if $(wildcard $(CALIBRATION)),--calibration $(CALIBRATION) --text $(word 1,$(VALID)) --second-text $(word 2,$(VALID)))
+
 demo: $(VENV)/.base ## refactor the bundled model, measure it, write checkpoint and report to build/demo
-	$(BIN)/moe-prism demo --out $(OUT) $(ARGS)
+	$(BIN)/moe-prism demo --out $(OUT) --recipe recipes/reference.yaml $(DEMO_TEXTS) $(ARGS)
 
 test: $(VENV)/.dev ## run the tests; ARGS='-k solver' narrows them
 	$(BIN)/python -m pytest -q $(ARGS)
@@ -70,9 +74,15 @@ reference: $(VENV)/.dev ## train models/reference (hours; goes on where it stopp
 	$(BIN)/python tools/train_reference.py $(TEXT) --workdir $(WORKDIR) --out models/reference \
 	  --eval $(VALID) $(if $(wildcard $(STARTER)),--compare $(STARTER)) --data-note "$(NOTE)" $(ARGS)
 
-bench-solvers: $(VENV)/.dev ## objective and time of every solver -> docs/results/solvers.json
-	$(BIN)/python tools/bench_solvers.py --out docs/results/solvers.json \
-	  $(or $(ARGS),--synthetic olmoe-1b-7b --experts 64)
+bench-solvers: $(VENV)/.dev ## objective and time of every solver -> docs/results/solvers_*.json
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_solvers.py --out docs/results/solvers_olmoe_shape.json --synthetic olmoe-1b-7b --experts 64
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_solvers.py --out docs/results/solvers_reference.json --model models/reference --text $(word 1,$(VALID))
+
+bench-memory: $(VENV)/.dev ## peak memory of profiling a layer of a 30B shape -> docs/results/profile_memory.json
+	$(BIN)/python tools/bench_profile_memory.py --out docs/results/profile_memory.json
+
+bench-frontier: $(VENV)/.dev ## the operating points of README and docs (20 minutes) -> docs/results/
+	bash tools/bench_frontier.sh $(DATA)
 
 clean: ## remove caches and build/demo
 	rm -rf build/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

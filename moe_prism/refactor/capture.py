@@ -87,12 +87,13 @@ def capture(
 
     handles = [layer.module.register_forward_pre_hook(hook(layer), with_kwargs=True) for layer in layers]
     device = next(model.parameters()).device
+    body = getattr(model, "base_model", model)  # without the head: its logits would be the largest tensor of all
     try:
         for number, batch in enumerate(batches):
             path = folder / f"batch-{number:04d}.safetensors"
             if not path.exists():
                 received.clear()
-                model(input_ids=batch.to(device), use_cache=False)
+                body(input_ids=batch.to(device), use_cache=False)
                 save_tensors(path, received)
             if progress:
                 progress(number + 1, len(batches))
