@@ -38,6 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compare", type=Path, help="another model directory, measured beside for the model card")
     parser.add_argument("--data-note", default="", help="origin and licence of the texts, for the model card")
     parser.add_argument("--export-only", choices=sorted(EXPORTABLE), help="write --out from these weights; no training")
+    parser.add_argument(
+        "--init-from",
+        type=Path,
+        help="go on from a model that this script exported, when its --workdir is gone; --tokens counts those before too",
+    )
     parser.add_argument("--tokens", type=int, default=30_000_000)
     parser.add_argument("--minutes", type=float, default=None)
     parser.add_argument("--step-tokens", type=int, default=8192)
@@ -80,6 +85,8 @@ def main(arguments: list[str]) -> None:
     missing = [str(p) for p in [*args.text, *args.eval] if not p.is_file()]
     if missing:
         raise SystemExit(f"no such text file: {', '.join(missing)}")
+    if args.init_from and not (args.init_from / "config.json").is_file():
+        raise SystemExit(f"--init-from {args.init_from} is not a model directory (no config.json)")
     if args.compare and not (args.compare / "config.json").is_file():
         raise SystemExit(f"--compare {args.compare} is not a model directory (no config.json)")
     if args.export_only and not args.out:
@@ -118,6 +125,11 @@ def main(arguments: list[str]) -> None:
 def train(args: argparse.Namespace, model_config: ModelConfig, config: TrainConfig) -> None:
     """Prepare the text and train, on the GPU if there is one, else in one process per worker."""
     prepare(args.text, args.workdir, model_config.vocab_size, model_config.max_positions)
+    if args.init_from and not (args.workdir / "state.pt").exists():
+        from reference_training.export import write_start
+
+        step = write_start(args.init_from, args.workdir, model_config)
+        print(f"going on from {args.init_from} at step {step}", flush=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     workers = 1 if device == "cuda" else args.workers or len(os.sched_getaffinity(0))
     (args.workdir / "rendezvous").unlink(missing_ok=True)

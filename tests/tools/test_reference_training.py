@@ -16,13 +16,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_samples import SIZES, Trained
+from reference_samples import OPTIONS, SIZES, Trained
 from reference_training import loop
 from reference_training.data import Batches
 from reference_training.loop import TrainConfig, run, schedule
 from reference_training.ops import LinearCrossEntropy, SparseExperts
 from torch import Tensor, multiprocessing
 from torch.nn import functional as F
+from train_reference import main
 
 TRAINING = TrainConfig(
     tokens=30 * 256,
@@ -192,3 +193,27 @@ def test_state_of_another_model_is_refused(trained: Trained) -> None:
     other = type(SIZES)(**{**asdict(SIZES), "neurons": 8})
     with pytest.raises(SystemExit, match="another model"):
         run(0, 1, trained.workdir, other, TRAINING, "cpu")
+
+
+def test_an_exported_model_can_be_trained_on_without_its_working_directory(trained: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "more"
+    options = [*OPTIONS, "--tokens", str(60 * 256), "--workdir", str(tmp_path / "new"), "--out", str(out)]
+    main([str(trained.text), *options, "--init-from", str(trained.out)])
+    log = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    first = [json.loads(line) for line in (trained.out / "training_log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 60
+    assert log[0]["step"] > 40  # it goes on where the export stopped
+    assert log[0]["loss"] < first[0]["loss"] - 1
+    with pytest.raises(SystemExit, match="settings mean"):
+        main(
+            [
+                str(trained.text),
+                *options,
+                "--init-from",
+                str(trained.out),
+                "--neurons",
+                "8",
+                "--workdir",
+                f"{tmp_path}/x",
+            ]
+        )

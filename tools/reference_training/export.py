@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeConfig, Olmoe
 
 from .card import Facts, model_card, read_log, save_curve, thin
 from .data import END_OF_TEXT
-from .loop import TrainConfig
+from .loop import START, TrainConfig
 from .model import ModelConfig, ReferenceModel
 
 MARKER = "eval.json"  # a directory with this file is an earlier export and may be replaced
@@ -119,6 +119,34 @@ def to_transformers(model: ReferenceModel, balance_loss: float) -> OlmoeForCausa
     hf_model.tie_weights()
     hf_model.eval()
     return hf_model
+
+
+@torch.no_grad()
+def write_start(directory: Path, workdir: Path, config: ModelConfig) -> int:
+    """``workdir/start.pt`` from an exported model: its bf16 weights and the step it was exported at.
+
+    Raises:
+        SystemExit: the model has other sizes or another tokenizer, or no training log.
+    """
+    log = directory / "training_log.jsonl"
+    if not log.is_file():
+        raise SystemExit(f"{directory} has no training_log.jsonl; --init-from needs a model that this script exported")
+    theirs, ours = (
+        json.loads((folder / "tokenizer.json").read_text())["model"] for folder in (directory, workdir / "tokenizer")
+    )
+    if theirs != ours:
+        raise SystemExit(f"{directory} has another tokenizer than {workdir}; give the text that it was trained on")
+    step = max(json.loads(line)["step"] for line in log.read_text().splitlines())
+    weights = OlmoeForCausalLM.from_pretrained(directory, dtype=torch.float32).state_dict()
+    model = ReferenceModel(config, 0, torch.device("cpu"))
+    for name, part in model.named(model.flat).items():
+        if weights[name].shape != part.shape:
+            raise SystemExit(
+                f"{directory}: {name} is {tuple(weights[name].shape)}, the settings mean {tuple(part.shape)}"
+            )
+        part.copy_(weights[name])
+    torch.save({"flat": model.flat.detach(), "step": step}, workdir / START)
+    return step
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from .data import Batches
 from .model import ModelConfig, ReferenceModel
 from .ops import compile_pointwise
 
+START = "start.pt"  # weights and step of an exported model that a run goes on from
 SNAPSHOTS = (0.10, 0.30, 1.00)  # shares of the token budget at which weights are kept
 
 
@@ -42,7 +43,10 @@ class TrainConfig:
 
 
 def schedule(step: int, progress: float, config: TrainConfig) -> float:
-    """Warm-up, constant, then linear to zero over the last ``decay_share`` of the budget."""
+    """Warm-up, constant, then linear to zero over the last ``decay_share`` of the budget.
+
+    ``step`` counts from where the optimiser was new, ``progress`` from the very beginning.
+    """
     return min(1.0, (step + 1) / config.warmup_steps, max(0.0, 1 - progress) / config.decay_share)
 
 
@@ -59,7 +63,10 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def run(rank: int, ranks: int, workdir: Path, model_config: ModelConfig, config: TrainConfig, device: str) -> None:
-    """Train until the token or the time budget is spent; continues from ``workdir/state.pt`` if it is there."""
+    """Train until the token or the time budget is spent; continues from ``workdir/state.pt`` if it is there.
+
+    Without it, from ``workdir/start.pt`` (an exported model, with a new optimiser), else from random weights.
+    """
     if ranks > 1:
         rendezvous = f"file://{workdir / 'rendezvous'}"
         distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks)
@@ -80,8 +87,8 @@ def run(rank: int, ranks: int, workdir: Path, model_config: ModelConfig, config:
         fused=True,
     )
     batches = Batches(workdir / "tokens.bin", config.context, config.step_tokens // config.context, config.seed)
-    step, spent = 0, 0.0
-    state_path = workdir / "state.pt"
+    step, first_step, spent = 0, 0, 0.0
+    state_path, start_path = workdir / "state.pt", workdir / START
     if state_path.exists():
         state = torch.load(state_path, map_location=where, weights_only=True)
         if state["model_config"] != asdict(model_config):
@@ -93,7 +100,11 @@ def run(rank: int, ranks: int, workdir: Path, model_config: ModelConfig, config:
             )
         model.flat.data.copy_(state["flat"])
         optimiser.load_state_dict(state["optimiser"])
-        step, spent = state["step"], state["seconds"]
+        step, first_step, spent = state["step"], state["first_step"], state["seconds"]
+    elif start_path.exists():
+        start = torch.load(start_path, map_location=where, weights_only=True)
+        model.flat.data.copy_(start["flat"])
+        step = first_step = start["step"]
     per_step = batches.per_step * config.context
     total_steps = -(-config.tokens // per_step)
     started = time.monotonic() - spent
@@ -105,6 +116,7 @@ def run(rank: int, ranks: int, workdir: Path, model_config: ModelConfig, config:
             optimiser_state = optimiser.state_dict()
             seconds = time.monotonic() - started
             state = {"flat": model.flat.data, "optimiser": optimiser_state, "step": step, "seconds": seconds}
+            state["first_step"] = first_step
             fixed = {"model_config": asdict(model_config), "batches": _batches_key(config)}
             save(state_path, state | fixed)
 
@@ -119,7 +131,7 @@ def run(rank: int, ranks: int, workdir: Path, model_config: ModelConfig, config:
             progress = float(shared)
         if progress >= 1:
             break
-        rate = config.learning_rate * schedule(step, progress, config)
+        rate = config.learning_rate * schedule(step - first_step, progress, config)
         for group in optimiser.param_groups:
             group["lr"] = rate
         losses = model(batches.get(step, rank, ranks).to(where))
