@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--init-from",
         type=Path,
-        help="go on from a model that this script exported, when its --workdir is gone; --tokens counts those before too",
+        help="go on from a model that this script exported, when its --workdir is gone; --tokens counts from step 0",
     )
     parser.add_argument("--tokens", type=int, default=30_000_000)
     parser.add_argument("--minutes", type=float, default=None)

@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 def machine(model: PreTrainedModel) -> dict[str, str | int | float]:
     """Processor, usable cores, and the device and dtype the model runs in (GPU name where it is one)."""
-    described: dict[str, str | int | float] = {"cpu": _cpu_name(), "cores": _usable_cores()}
+    described: dict[str, str | int | float] = {"cpu": _cpu_name(), "cores": usable_cores()}
     if model.device.type == "cuda":
         import torch
 
@@ -42,7 +42,8 @@ def machine(model: PreTrainedModel) -> dict[str, str | int | float]:
     return described
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):  # a container may own fewer cores than the machine has
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

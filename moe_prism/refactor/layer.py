@@ -6,7 +6,6 @@ read here. Knows nothing of files.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..evaluation.environment import usable_cores
 from ..experts import ExpertLayer, down_norms
 from ..gates import ExpertProfile, Gate
 from .capture import LayerInput
@@ -60,7 +60,7 @@ def refactor_layer(
         profile = profile_expert(layer, received, expert, recipe.tokens_per_expert, recipe.min_tokens_per_expert, seed)
         return _refactor_expert(profile, norms[expert], rows[expert], recipe, solver, gate, seed)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         experts = list(pool.map(one, range(layer.num_experts)))
     return LayerResult(
         permutation=torch.stack([e.permutation for e in experts]).int(),

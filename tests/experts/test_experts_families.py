@@ -85,6 +85,15 @@ def test_a_dense_model_is_refused_by_name() -> None:
         find_expert_layers(AutoModelForCausalLM.from_config(config))
 
 
+def test_routed_experts_behind_another_interface_are_refused_by_name() -> None:
+    config = AutoConfig.for_model(
+        "jetmoe", hidden_size=16, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8, intermediate_size=16
+    )
+    config.vocab_size = 32
+    with pytest.raises(UnsupportedModelError, match=r"jetmoe.*Not reachable that way: dbrx, jetmoe"):
+        find_expert_layers(AutoModelForCausalLM.from_config(config))
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
