@@ -12,6 +12,8 @@ VALID   ?= $(DATA)/gutenberg/valid.txt.xz $(DATA)/wikitext2/test.txt
 STARTER ?= $(DATA)/models/starter-16m
 WORKDIR ?= build/reference
 NOTE    ?= Cleaned English prose of Project Gutenberg eBooks, public domain in the USA.
+# What the bundled model was trained with.
+TRAINING ?= --tokens 15000000 --decay-share 0.37 --compile
 ARGS    ?=
 
 # -qq keeps errors and drops pip's warnings: some machines print one per installed file.
@@ -72,7 +74,7 @@ hooks: $(VENV)/.dev ## run lint and types before every commit
 
 reference: $(VENV)/.dev ## train models/reference (hours; goes on where it stopped); TEXT=, VALID=, WORKDIR=
 	$(BIN)/python tools/train_reference.py $(TEXT) --workdir $(WORKDIR) --out models/reference \
-	  --eval $(VALID) $(if $(wildcard $(STARTER)),--compare $(STARTER)) --data-note "$(NOTE)" $(ARGS)
+	  --eval $(VALID) $(if $(wildcard $(STARTER)),--compare $(STARTER)) --data-note "$(NOTE)" $(TRAINING) $(ARGS)
 
 bench-solvers: $(VENV)/.dev ## objective and time of every solver -> docs/results/solvers_*.json
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_solvers.py --out docs/results/solvers_olmoe_shape.json --synthetic olmoe-1b-7b --experts 64

@@ -25,15 +25,11 @@ from ..evaluation.sweep import sweep
 from .pipeline import Progress, load_stock, make_elastic, refactor_model
 from .recipe import Recipe
 
+_PARTITION: dict[str, Any] = {"solver": "annealing", "solver_options": {}, "impact": "activation"}
+# The paper's own partition and gates: annealing on plain activations, no routing weight in the proxy's score.
 PAPER: dict[str, dict[str, Any]] = {
-    "paper: proxy": {
-        "solver": "annealing",
-        "solver_options": {},
-        "impact": "activation",
-        "gate": "proxy",
-        "gate_options": {"weighted": False},
-    },
-    "paper: linear": {"gate": "linear", "gate_options": {}},
+    "paper: proxy": _PARTITION | {"gate": "proxy", "gate_options": {"weighted": False}},
+    "paper: linear": _PARTITION | {"gate": "linear", "gate_options": {}},
 }
 
 
