@@ -4,10 +4,10 @@
 #     bash tools/bench_frontier.sh ../shared/data [TOKENS]
 #
 # Writes the demo's report (N = 4, the paper's gates beside) to docs/results/n4/, and the operating points of
-# twice as many sub-experts (N = 8) to docs/results/n8/. The text of the second is the same; TOKENS (16,384) of each.
+# twice as many sub-experts (N = 8) to docs/results/n8/. The text of the second is the same; TOKENS (12,288) of each.
 set -euo pipefail
 data=$1
-tokens=${2:-16384}
+tokens=${2:-12288}
 prism="$(dirname "$0")/../.venv/bin/moe-prism"
 calibration=$data/wikitext2/train-first1MB.txt
 texts=(--text "$data/gutenberg/valid.txt.xz" --second-text "$data/wikitext2/test.txt" --tokens "$tokens")

@@ -6,7 +6,7 @@
 
 Each expert is given to every solver in turn, in an order that rotates from expert to expert, one at a time on
 one thread; times are this process's CPU seconds. `balanced (equal time)` spends on each expert at most what the
-annealer needs for it, as far as one trial expert can tell. The result goes to --out as JSON and, beside it, as a
+annealer needs for it, as far as four trial experts can tell. The result goes to --out as JSON and, beside it, as a
 markdown table; a second problem set with the same --out is added to the first. Knows nothing of how solvers
 work, except which options of `balanced` buy quality with time.
 """
@@ -14,6 +14,7 @@ work, except which options of `balanced` buy quality with time.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -102,23 +103,23 @@ def timed(solver: Solver, impact: NDArray[np.float32], args: argparse.Namespace)
     return relative_dropped_mass(impact, labels, args.num_sub_experts, args.switched_off), seconds
 
 
-def contestants(impact: NDArray[np.float32], args: argparse.Namespace) -> dict[str, Solver]:
+def contestants(trial: list[NDArray[np.float32]], args: argparse.Namespace) -> dict[str, Solver]:
     """Every registered solver with its defaults, and balanced with as many runs as the annealer's time allows."""
     solvers = {name: SOLVERS.create(name) for name in SOLVERS}
     for solver in solvers.values():
-        timed(solver, impact[:64], args)  # compiles
+        timed(solver, trial[0][:64], args)  # compiles
     plain, few, many = (
         SOLVERS.create("balanced", o) for o in ({}, {"polish_rounds": 10}, {"runs": 5, "polish_rounds": 10})
     )
-    timed(few, impact[:64], args)
+    timed(few, trial[0][:64], args)
 
-    def median(solver: Solver) -> float:
-        return float(np.median([timed(solver, impact, args)[1] for _ in range(3)]))
+    def seconds(solver: Solver) -> float:
+        return float(np.mean([np.median([timed(solver, i, args)[1] for _ in range(3)]) for i in trial]))
 
-    one = median(few)
-    per_run, per_polish = (median(many) - one) / 4, one - median(plain)
+    one = seconds(few)
+    per_run, per_polish = (seconds(many) - one) / 4, one - seconds(plain)
     # A part is left free, since experts differ in how soon they settle.
-    allowed = 0.85 * median(solvers[REFERENCE])
+    allowed = 0.9 * seconds(solvers[REFERENCE])
     runs = 1
     while runs < 100 and one + runs * per_run + (finalists_of(runs + 1) - 1) * per_polish <= allowed:
         runs += 1
@@ -128,8 +129,9 @@ def contestants(impact: NDArray[np.float32], args: argparse.Namespace) -> dict[s
 
 def measure(impacts: Iterator[NDArray[np.float32]], args: argparse.Namespace) -> dict[str, Any]:
     """Every solver on every expert: {"shape", "solvers": {name: {"options", "dropped": [...], "seconds": [...]}}}."""
-    first = next(impacts)
-    solvers = contestants(first, args)
+    trial = list(itertools.islice(impacts, 4))
+    first = trial[0]
+    solvers = contestants(trial, args)
     names = list(solvers)
     dropped: dict[str, list[float]] = {name: [] for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -145,8 +147,7 @@ def measure(impacts: Iterator[NDArray[np.float32]], args: argparse.Namespace) ->
         best = min(names, key=lambda name: dropped[name][-1])
         print(f"expert {len(tokens)}: {impact.shape} best {dropped[best][-1]:.4f} ({best})", file=sys.stderr)
 
-    run(first)
-    for impact in impacts:
+    for impact in itertools.chain(trial, impacts):
         run(impact)
     return {
         "experts": len(tokens),

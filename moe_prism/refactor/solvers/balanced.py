@@ -18,7 +18,7 @@ from .swaps import anneal
 # halving or doubling the first two traded time for quality along the same curve.
 _FIRST_BATCH = 64
 _FIRST_STEPS = 20
-_FULL_ROUNDS = 3
+_FULL_ROUNDS = 2
 
 
 @SOLVERS.register("balanced")
@@ -94,7 +94,7 @@ class Balanced(Solver):
 
 def finalists_of(runs: int) -> int:
     """How many of the candidates are polished: polishing one costs about as much as three more runs."""
-    return min(5, max(1, runs // 6))
+    return min(5, max(1, runs // 3))
 
 
 def _batch_sizes(num_tokens: int) -> NDArray[np.int64]:
