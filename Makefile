@@ -47,7 +47,7 @@ $(VENV)/.dev: $(VENV)/.base
 	@touch $@
 
 # Without the texts the model writes its own.
-CALIBRATION := $(DATA)/wikitext2/train-first1MB.txt
+CALIBRATION := $(firstword $(TEXT))
 DEMO_TEXTS  := $(if $(wildcard $(CALIBRATION)),--calibration $(CALIBRATION) --text $(word 1,$(VALID)) --second-text $(word 2,$(VALID)))
 
 demo: $(VENV)/.base ## refactor the bundled model, measure it, write checkpoint and report to build/demo

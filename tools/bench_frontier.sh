@@ -9,7 +9,7 @@ set -euo pipefail
 data=$1
 tokens=${2:-12288}
 prism="$(dirname "$0")/../.venv/bin/moe-prism"
-calibration=$data/wikitext2/train-first1MB.txt
+calibration=$data/gutenberg/train.txt.xz
 texts=(--text "$data/gutenberg/valid.txt.xz" --second-text "$data/wikitext2/test.txt" --tokens "$tokens")
 work=build/frontier
 rm -rf "$work"

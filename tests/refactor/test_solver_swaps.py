@@ -68,7 +68,7 @@ def test_incremental_value_equals_recomputation(seed: int, n: int, k_is_mean: bo
     )
     after = dropped_mass(impact, labels_of(members), n, k)
     assert sorted(members.ravel()) == list(range(n * 6))
-    assert accepted > 0
+    assert accepted > 0 or not hot  # a cold walk may start at a local optimum
     assert before + change == pytest.approx(after, rel=1e-5)
     if not hot:
         assert after <= before
