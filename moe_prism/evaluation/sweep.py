@@ -163,7 +163,7 @@ def _check_budgets(budgets: Sequence[int] | None, full: int) -> list[int]:
 
 def _windows_of(text: str | Path, tokenizer: Any, tokens: int, context: int) -> torch.Tensor:
     try:
-        return windows(tokenize(tokenizer, read_text(text), tokens), context)
+        return windows(tokenize(tokenizer, read_text(text, tokens * 16), tokens), context)
     except PrismError as error:
         raise PrismError(f"{text_name(text)}: {error}") from None
 

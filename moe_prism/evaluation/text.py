@@ -21,12 +21,13 @@ _CHARS_PER_TOKEN = 8
 _MARGIN_TOKENS = 64
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, max_chars: int | None = None) -> str:
     """The text of a UTF-8 file, of an xz-compressed one, or of all text files below a directory, joined by newlines.
 
     Args:
         path: A file (plain, or ``.xz``), or a directory whose ``.txt``, ``.txt.xz`` and ``.md`` files are read in
             the order of their names.
+        max_chars: Stop after so many characters of each file; the rest is neither read nor checked. ``None`` for all.
 
     Raises:
         PrismError: the path does not exist, holds no text, is not UTF-8, or is a damaged xz file.
@@ -38,11 +39,11 @@ def read_text(path: str | Path) -> str:
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(_SUFFIXES))
         if not files:
             raise PrismError(f"directory {str(path)!r} holds no text: files ending in {', '.join(_SUFFIXES)} are read")
-        return "\n".join(read_text(file) for file in files)
+        return "\n".join(read_text(file, max_chars) for file in files)
     try:
-        raw = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-        text = raw.decode("utf-8")
-    except lzma.LZMAError as error:
+        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8", newline="") as file:
+            text: str = file.read() if max_chars is None else file.read(max_chars)
+    except (lzma.LZMAError, EOFError) as error:
         raise PrismError(f"text {str(path)!r} is not a whole xz file ({error}); copy it again") from None
     except UnicodeDecodeError as error:
         raise PrismError(f"text {str(path)!r} is not UTF-8 ({error}); convert it first, e.g. with iconv") from None

@@ -59,7 +59,7 @@ def load_calibration(
     if source is None:
         return CalibrationText(sample_windows(model, wanted, context, seed, progress), SELF_SAMPLED)
     path = Path(source)
-    text = read_text(path) if path.exists() else _hub_text(source, tokens * 8)
+    text = read_text(path, tokens * 16) if path.exists() else _hub_text(source, tokens * 8)
     if tokenizer is None:
         raise PrismError(
             "the model has no tokenizer, so text cannot be used; leave out --text to sample from the model"
