@@ -109,7 +109,7 @@ def _figure(points: OperatingPoints, theme: Theme, title: str | None, stacked: b
         frameon=False,
         labelcolor=_INK[theme],
         fontsize=9.5,
-        loc="upper right",
+        loc="lower left",
         handlelength=2.6,
     )
     heading = f"{points.text}, {points.tokens:,} tokens" if title is None else title
