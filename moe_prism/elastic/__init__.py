@@ -1,21 +1,15 @@
 """Run time: an elastic model, its dial, selection and executors."""
 
-from .model import (
-    CostShares,
-    attach,
-    budget,
-    cost_shares,
-    full_budget,
-    load_elastic,
-    routed_experts,
-    set_budget,
-)
+from .budgets import budget, dial_of, full_budget, routed_experts, set_budget
+from .cost import CostShares, cost_shares
+from .model import attach, load_elastic
 
 __all__ = [
     "CostShares",
     "attach",
     "budget",
     "cost_shares",
+    "dial_of",
     "full_budget",
     "load_elastic",
     "routed_experts",

@@ -6,10 +6,9 @@ The model's own weights are used where they are. Knows nothing of how a checkpoi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MethodType
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -20,24 +19,21 @@ from transformers.utils.hub import cached_file
 from .._on_import import IMPLEMENTATION
 from ..checkpoint.read import open_checkpoint
 from ..checkpoint.schema import CONFIG_KEY, TENSORS_FILE, ElasticConfig, parse_elastic_config
-from ..errors import CheckpointError, PrismError, UnsupportedModelError
-from ..experts import ExpertLayer, find_expert_layers
-from ..gates import GATES, LayerShape
-from .dial import Dial
+from ..errors import CheckpointError
+from ..experts import find_expert_layers
+from ..experts.packing import pack
+from ..gates import GATES
+from .budgets import budget, set_budget
+from .dial import Dial, named_points
+from .executors import AUTO, EXECUTORS
 from .fingerprint import matches
-from .layer import ElasticLayer, require_state, state_of
+from .layer import ElasticLayer
+from .linear import use_fast_linear
 
 # What attach_on_demand read, by the id of a living config: an attribute would be saved with the config.
 _LOADED: dict[int, tuple[ElasticConfig, dict[str, Tensor], Dial]] = {}
 FINGERPRINT = "fingerprint"
 PERMUTATION = "permutation"
-
-
-class CostShares(NamedTuple):
-    """Work of a budget, gate included, over the routed-expert work of the original model."""
-
-    flops: float
-    bytes: float
 
 
 def attach(model: nn.Module, elastic: ElasticConfig, tensors: dict[str, Tensor]) -> Dial:
@@ -62,6 +58,8 @@ def attach(model: nn.Module, elastic: ElasticConfig, tensors: dict[str, Tensor])
         _attach_one(module, name, dial, elastic, tensors)
     if isinstance(model, PreTrainedModel):
         model.set_experts_implementation(IMPLEMENTATION)
+        for method in (set_budget, _generate):
+            model.__dict__[method.__name__.lstrip("_")] = MethodType(method, model)
     return dial
 
 
@@ -103,8 +101,17 @@ def _attach_one(
     }
     gate = GATES.create(elastic.gate, elastic.gate_options)
     state = ElasticLayer(name, dial, gate, mine, elastic.num_sub_experts)
+    pack(module)
     module.__dict__["_moe_prism"] = state
     return state
+
+
+def _generate(model: PreTrainedModel, *args: Any, k_active: Any = None, **kwargs: Any) -> Any:
+    """transformers' ``generate`` with one argument more: the budget, or one for every prompt of the batch."""
+    if k_active is None:
+        return type(model).generate(model, *args, **kwargs)  # type: ignore[attr-defined]
+    with budget(model, k_active):
+        return type(model).generate(model, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 def _tensor(tensors: dict[str, Tensor], name: str) -> Tensor:
@@ -113,113 +120,40 @@ def _tensor(tensors: dict[str, Tensor], name: str) -> Tensor:
     return tensors[name]
 
 
-def load_elastic(path: str | Path, *, dtype: str | torch.dtype = "auto", verify: bool = True) -> PreTrainedModel:
+def load_elastic(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    verify: bool = True,
+    executor: str = AUTO,
+    fast_linear: bool = True,
+) -> PreTrainedModel:
     """Load an elastic checkpoint with transformers, at full budget, in eval mode.
+
+    The model gets ``set_budget`` as a method, and its ``generate`` takes ``k_active``.
 
     Args:
         path: directory of the checkpoint.
         dtype: of the weights in memory; "auto" keeps the stored one.
         verify: compare all files with SHA256SUMS first.
+        executor: what runs the experts: "auto" takes the fastest that can; or a registered name.
+        fast_linear: on a CPU, run the other linear layers of a decode step by the same compiled kernel.
 
     Raises:
         CheckpointError: not an elastic checkpoint, or an altered one.
     """
+    if executor != AUTO:
+        EXECUTORS.get(executor)
     checkpoint = open_checkpoint(Path(path), verify=verify)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(path), dtype=dtype, experts_implementation=IMPLEMENTATION
     )
     model.eval()
-    attach(model, checkpoint.elastic, checkpoint.tensors())
+    dial = attach(model, checkpoint.elastic, checkpoint.tensors())
+    dial.executor = executor
+    measured = checkpoint.operating_points()
+    if measured is not None:
+        dial.points = named_points(dial.full_budget, {point.k_active: point.nll for point in measured.elastic})
+    if fast_linear:
+        use_fast_linear(model)
     return model
-
-
-def _layers(model: nn.Module) -> list[tuple[ExpertLayer, ElasticLayer]]:
-    found = find_expert_layers(model)
-    config = getattr(model, "config", None)
-    pairs = []
-    for layer in found:
-        state = state_of(layer.module)
-        if state is None and getattr(config, CONFIG_KEY, None) is not None:
-            state = attach_on_demand(layer.module)
-        pairs.append((layer, state or require_state(layer.module, layer.name)))
-    return pairs
-
-
-def _dial(model: nn.Module) -> Dial:
-    return _layers(model)[0][1].dial
-
-
-def full_budget(model: nn.Module) -> int:
-    """k * N of an elastic model; raises PrismError for any other."""
-    return _dial(model).full_budget
-
-
-def set_budget(model: nn.Module, k_active: int) -> None:
-    """From now on every token may run ``k_active`` sub-experts in a layer.
-
-    Raises:
-        PrismError: out of range (1..full budget), or the model is not elastic.
-    """
-    dial = _dial(model)
-    dial.k_active = dial.check(k_active)
-
-
-@contextmanager
-def budget(model: nn.Module, k_active: int) -> Iterator[None]:
-    """``set_budget`` for the length of a block."""
-    dial = _dial(model)
-    before, dial.k_active = dial.k_active, dial.check(k_active)
-    try:
-        yield
-    finally:
-        dial.k_active = before
-
-
-@contextmanager
-def routed_experts(model: nn.Module, k: int) -> Iterator[None]:
-    """The original model with ``k`` routed experts a token: the baseline at equal compute.
-
-    The family's own router picks and weighs them, so renormalisation and group limits are as they would
-    be in a model configured that way. An elastic model runs at full budget meanwhile.
-
-    Raises:
-        PrismError: ``k`` is not in 1..top_k.
-        UnsupportedModelError: the family's router works for one top_k only.
-    """
-    layers = find_expert_layers(model)
-    top_k = layers[0].top_k
-    if not 1 <= k <= top_k:
-        raise PrismError(f"k must be from 1 to {top_k}, the model's own, got {k}")
-    if k < top_k and type(layers[0].router).__name__ == "PhimoeTopKRouter":
-        raise UnsupportedModelError("phimoe's router always picks two experts, so k = 1 cannot be measured")
-    states = [s for layer in layers if (s := state_of(layer.module)) is not None]
-    before = [s.dial.k_active for s in states]
-    try:
-        for layer in layers:
-            setattr(layer.router, "top_k", k)  # noqa: B010
-        for state in states:
-            state.dial.k_active = state.dial.full_budget
-        yield
-    finally:
-        for layer in layers:
-            setattr(layer.router, "top_k", top_k)  # noqa: B010
-        for state, value in zip(states, before, strict=True):
-            state.dial.k_active = value
-
-
-def cost_shares(model: nn.Module, k_active: int) -> CostShares:
-    """Routed FLOPs and bytes of a budget, gate included, as shares of the original's.
-
-    Bytes are those of a token that is alone in its step: every weight it uses is read once. At full
-    budget the gate does not run.
-    """
-    layer, state = _layers(model)[0]
-    state.dial.check(k_active)
-    if k_active == state.dial.full_budget:
-        return CostShares(1.0, 1.0)
-    shape = LayerShape(layer.num_experts, layer.num_neurons, layer.hidden_size, layer.top_k, state.num_sub_experts)
-    neuron = 3 * layer.hidden_size
-    full = layer.top_k * layer.num_neurons * neuron
-    run = k_active * (layer.num_neurons // state.num_sub_experts) * neuron
-    cost = state.gate.cost(shape, k_active)
-    return CostShares((2 * run + cost.flops) / (2 * full), (run + cost.weights) / full)

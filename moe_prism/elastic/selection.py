@@ -28,39 +28,49 @@ class Selection(NamedTuple):
     weight: Tensor
 
 
-def choose(scores: Tensor, weights: Tensor, budgets: Tensor, weighted: bool, valid: Tensor | None = None) -> Tensor:
-    """The ``budgets[t]`` best candidates of every token, pooled over its k experts.
-
-    At least one sub-expert of the expert with the largest routing weight is always among them. Equal
-    scores are taken in the order of slots, so a gate that cannot tell siblings apart fills one expert
-    before it opens the next.
+def pooled_scores(scores: Tensor, weights: Tensor, weighted: bool, valid: Tensor | None = None) -> Tensor:
+    """What candidates are compared by: fp32 ``[T, k, N]``; -inf where a slot holds no expert.
 
     Args:
         scores: ``[T, k, N]``.
         weights: ``[T, k]`` routing weights.
-        budgets: int64 ``[T]``, sub-experts that a token may run; at least 1.
         weighted: multiply scores by routing weights (False: as in the paper).
         valid: bool ``[T, k]``; False where a slot holds no expert of this device.
-
-    Returns:
-        bool ``[T, k, N]``.
     """
     pooled = scores.float()
     if weighted:
         pooled = pooled * weights[..., None].float()
-    if valid is not None:
-        pooled = pooled.masked_fill(~valid[..., None], -torch.inf)
+    return pooled if valid is None else pooled.masked_fill(~valid[..., None], -torch.inf)
+
+
+def first_candidates(pooled: Tensor, weights: Tensor) -> Tensor:
+    """The candidate that no token goes without, the best of its top expert: int64 ``[T]`` in [0, k * N)."""
     n = pooled.shape[2]
     top = weights.float().argmax(dim=1)
-    best = pooled.gather(1, top[:, None, None].expand(-1, 1, n)).argmax(dim=2).squeeze(1)
+    return top * n + pooled.gather(1, top[:, None, None].expand(-1, 1, n)).argmax(dim=2).squeeze(1)
+
+
+def best(pooled: Tensor, first: Tensor, budgets: Tensor) -> Tensor:
+    """The ``budgets[t]`` best candidates of every token, pooled over its k experts.
+
+    The first candidate is always among them. Equal scores are taken in the order of slots, so a gate that
+    cannot tell siblings apart fills one expert before it opens the next.
+
+    Args:
+        pooled: ``[T, k, N]``; -inf marks what cannot be chosen.
+        first: int64 ``[T]``, from ``first_candidates``.
+        budgets: int64 ``[T]``, sub-experts that a token may run; at least 1.
+
+    Returns:
+        bool ``[T, k, N]``.
+    """
     flat = pooled.flatten(1)
-    first = top * n + best
-    if valid is None:
-        flat = flat.scatter(1, first[:, None], torch.inf)
-    order = torch.argsort(flat, dim=1, descending=True, stable=True)
+    possible = flat > -torch.inf
+    possible |= flat.isnan()
+    lifted = flat.scatter(1, first[:, None], torch.inf)
+    order = torch.argsort(lifted, dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(flat.shape[1], device=flat.device).expand_as(order))
-    chosen = (rank < budgets[:, None]).view_as(pooled)
-    return chosen if valid is None else chosen & valid[..., None]
+    return ((rank < budgets[:, None]) & possible).view_as(pooled)
 
 
 def gather_selection(chosen: Tensor, index: Tensor, weights: Tensor) -> Selection:
@@ -77,3 +87,9 @@ def gather_selection(chosen: Tensor, index: Tensor, weights: Tensor) -> Selectio
     order = torch.argsort(sub_expert, stable=True)
     token, slot = token[order], slot[order]
     return Selection(token, slot, sub_expert[order], weights[token, slot])
+
+
+def whole_experts(index: Tensor, weights: Tensor, valid: Tensor | None) -> Selection:
+    """Full budget: every token's routed experts, as a selection with one sub-expert per expert."""
+    chosen = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+    return gather_selection(chosen[..., None], index, weights)

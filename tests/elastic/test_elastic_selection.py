@@ -6,7 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_prism.elastic.selection import choose, gather_selection
+from moe_prism.elastic.selection import best, first_candidates, gather_selection, pooled_scores
+
+
+def choose(scores, weights, budgets, weighted, valid=None):
+    pooled = pooled_scores(scores, weights, weighted, valid)
+    return best(pooled, first_candidates(pooled, weights), budgets)
 
 
 @st.composite

@@ -1,6 +1,19 @@
 """Executors: a selection and the expert weights become the layer's output."""
 
-from .masked import run_masked
-from .reference import run_reference
+from .base import EXECUTORS, Executor
+from .choice import AUTO, choose_executor
+from .cpu import CpuExecutor
+from .grouped import GroupedExecutor
+from .masked import MaskedExecutor
+from .reference import ReferenceExecutor
 
-__all__ = ["run_masked", "run_reference"]
+__all__ = [
+    "AUTO",
+    "EXECUTORS",
+    "CpuExecutor",
+    "Executor",
+    "GroupedExecutor",
+    "MaskedExecutor",
+    "ReferenceExecutor",
+    "choose_executor",
+]

@@ -6,34 +6,39 @@ measuring quality on long texts and for prefill on few cores, not for saving tim
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from ...experts.neurons import activations, down, num_neurons
-from ...gates.base import rows_of
+from ..selection import Selection
+from .base import EXECUTORS, Executor, num_experts
 
 
-def run_masked(module: nn.Module, x: Tensor, chosen: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """The same sum as ``run_reference`` gives for the same choice.
+@EXECUTORS.register("masked")
+@dataclass(frozen=True)
+class MaskedExecutor(Executor):
+    """A loop over whole experts."""
 
-    Args:
-        module: stacked experts with permuted neurons.
-        x: ``[T, H]``.
-        chosen: bool ``[T, k, N]``.
-        index: int64 ``[T, k]``.
-        weights: ``[T, k]``.
+    def refusal(self, module: nn.Module, x: Tensor) -> str | None:
+        """Runs everything."""
+        return None
 
-    Returns:
-        ``[T, H]`` in the dtype of ``x``; sums are kept in fp32.
-    """
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    size = num_neurons(module) // chosen.shape[2]
-    needed = torch.where(chosen.any(dim=2), index, int(module.num_experts))  # type: ignore[arg-type]
-    for expert, token, slot in rows_of(needed, int(module.num_experts)):  # type: ignore[arg-type]
-        if expert == int(module.num_experts):  # type: ignore[arg-type]
-            break
-        hidden = activations(module, expert, x[token])
-        hidden = hidden.unflatten(1, (-1, size)) * chosen[token, slot, :, None]
-        product = hidden.flatten(1) @ down(module, expert, slice(None))
-        out.index_add_(0, token, product.float() * weights[token, slot, None].float())
-    return out.to(x.dtype)
+    def run(self, module: nn.Module, x: Tensor, selection: Selection, n: int, computed: Tensor | None = None) -> Tensor:
+        """See ``Executor.run``; what a gate computed is computed again, inside the large products."""
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        size = num_neurons(module) // n
+        experts = selection.sub_expert // n
+        start = 0
+        for expert, count in enumerate(torch.bincount(experts, minlength=num_experts(module)).tolist()):
+            if not count:
+                continue
+            rows = slice(start, start + count)
+            token, row = torch.unique(selection.token[rows], return_inverse=True)
+            mask = torch.zeros(len(token), n, dtype=x.dtype, device=x.device)
+            mask[row, selection.sub_expert[rows] - expert * n] = selection.weight[rows].to(x.dtype)
+            hidden = activations(module, expert, x[token]).unflatten(1, (n, size)) * mask[..., None]
+            out.index_add_(0, token, (hidden.flatten(1) @ down(module, expert, slice(None))).float())
+            start += count
+        return out.to(x.dtype)

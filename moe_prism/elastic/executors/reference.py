@@ -6,44 +6,43 @@ need no second copy. The work is proportional to the selection, but small produc
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from ...experts.neurons import activations, down, num_neurons
 from ..selection import Selection
+from .base import EXECUTORS, Executor, num_experts
 
 
-def run_reference(module: nn.Module, x: Tensor, selection: Selection, n: int, computed: Tensor | None) -> Tensor:
-    """Weighted sum of the selected sub-experts' outputs.
+@EXECUTORS.register("reference")
+@dataclass(frozen=True)
+class ReferenceExecutor(Executor):
+    """A loop over the selected sub-experts."""
 
-    Args:
-        module: stacked experts, neurons permuted so that sub-expert i of an expert is its i-th run.
-        x: ``[T, H]``.
-        selection: what to run.
-        n: sub-experts of one expert.
-        computed: activations of the first r neurons of every candidate, ``[T, k, N, r]``, from a gate.
+    def refusal(self, module: nn.Module, x: Tensor) -> str | None:
+        """Runs everything."""
+        return None
 
-    Returns:
-        ``[T, H]`` in the dtype of ``x``; sums are kept in fp32.
-    """
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    experts = int(module.num_experts)  # type: ignore[arg-type]
-    neurons = num_neurons(module)
-    size = neurons // n
-    r = 0 if computed is None else computed.shape[3]
-    counts = torch.bincount(selection.sub_expert, minlength=experts * n).tolist()
-    start = 0
-    for sub_expert, count in enumerate(counts):
-        if not count:
-            continue
-        expert, part = divmod(sub_expert, n)
-        rows = slice(start, start + count)
-        token = selection.token[rows]
-        run = slice(part * size, (part + 1) * size)
-        hidden = activations(module, expert, x[token], slice(run.start + r, run.stop))
-        if computed is not None:
-            hidden = torch.cat([computed[token, selection.slot[rows], part].to(hidden.dtype), hidden], dim=1)
-        product = hidden @ down(module, expert, run)
-        out.index_add_(0, token, product.float() * selection.weight[rows, None].float())
-        start += count
-    return out.to(x.dtype)
+    def run(self, module: nn.Module, x: Tensor, selection: Selection, n: int, computed: Tensor | None = None) -> Tensor:
+        """See ``Executor.run``."""
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        size = num_neurons(module) // n
+        r = 0 if computed is None else computed.shape[3]
+        counts = torch.bincount(selection.sub_expert, minlength=num_experts(module) * n).tolist()
+        start = 0
+        for sub_expert, count in enumerate(counts):
+            if not count:
+                continue
+            expert, part = divmod(sub_expert, n)
+            rows = slice(start, start + count)
+            token = selection.token[rows]
+            run = slice(part * size, (part + 1) * size)
+            hidden = activations(module, expert, x[token], slice(run.start + r, run.stop))
+            if computed is not None:
+                hidden = torch.cat([computed[token, selection.slot[rows], part].to(hidden.dtype), hidden], dim=1)
+            product = hidden @ down(module, expert, run)
+            out.index_add_(0, token, product.float() * selection.weight[rows, None].float())
+            start += count
+        return out.to(x.dtype)

@@ -1,0 +1,35 @@
+"""What a budget costs, in work of the routed experts. Knows nothing of time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from ..gates import LayerShape
+from .budgets import elastic_layers
+
+
+class CostShares(NamedTuple):
+    """Work of a budget, gate included, over the routed-expert work of the original model."""
+
+    flops: float
+    bytes: float
+
+
+def cost_shares(model: nn.Module, k_active: int) -> CostShares:
+    """Routed FLOPs and bytes of a budget, gate included, as shares of the original's.
+
+    Bytes are those of a token that is alone in its step: every weight it uses is read once. At full
+    budget the gate does not run.
+    """
+    layer, state = elastic_layers(model)[0]
+    state.dial.check(k_active)
+    if k_active == state.dial.full_budget:
+        return CostShares(1.0, 1.0)
+    shape = LayerShape(layer.num_experts, layer.num_neurons, layer.hidden_size, layer.top_k, state.num_sub_experts)
+    neuron = 3 * layer.hidden_size
+    full = layer.top_k * layer.num_neurons * neuron
+    run = k_active * (layer.num_neurons // state.num_sub_experts) * neuron
+    cost = state.gate.cost(shape, k_active)
+    return CostShares((2 * run + cost.flops) / (2 * full), (run + cost.weights) / full)

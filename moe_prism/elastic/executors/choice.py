@@ -1,0 +1,59 @@
+"""Which executor runs a layer's tokens, if nobody named one.
+
+The crossovers were measured with ``make bench-kernels``. Knows nothing of how executors work.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import PrismError
+from .base import EXECUTORS, Executor, num_experts
+
+AUTO = "auto"
+# Routed tokens per expert from which whole large products beat work in proportion to the selection on a CPU.
+MASKED_FROM = 64
+
+
+def choose_executor(name: str, module: nn.Module, x: Tensor, top_k: int) -> Executor:
+    """The named executor, or the fastest that can run this input.
+
+    Args:
+        name: a registered name, or "auto".
+        module: stacked experts.
+        x: ``[T, H]``.
+        top_k: routed experts of a token.
+
+    Raises:
+        PrismError: the named executor cannot run this module or input; the message says why.
+    """
+    if name != AUTO:
+        chosen = _executor(name)
+        reason = chosen.refusal(module, x)
+        if reason is not None:
+            raise PrismError(f"executor {name!r} cannot run this layer: {reason}; use {AUTO!r} or another")
+        return chosen
+    for candidate in _preferred(module, x, top_k):
+        if _executor(candidate).refusal(module, x) is None:
+            return _executor(candidate)
+    return _executor("reference")
+
+
+def _preferred(module: nn.Module, x: Tensor, top_k: int) -> tuple[str, ...]:
+    if x.device.type != "cpu":
+        return ("grouped",)
+    many = len(x) * top_k >= MASKED_FROM * num_experts(module)
+    return ("masked",) if many and large_products_are_fast(x.dtype) else ("cpu",)
+
+
+def large_products_are_fast(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of a dtype at full speed: bfloat16 is emulated below AVX-512."""
+    return dtype == torch.float32 or "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
+@cache
+def _executor(name: str) -> Executor:
+    return EXECUTORS.create(name)

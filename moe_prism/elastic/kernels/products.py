@@ -1,0 +1,127 @@
+"""Rows of weights times tokens: gate and up projections, and any linear layer of a decode step.
+
+Work is split over runs of 32 rows, dealt to the threads in turn, so every output is computed whole by one
+thread and does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+
+from .compiled import parallel, serial
+from .micro import dot, dot_2_rows_2_tokens, dot_2_rows_4_tokens, dot_4_rows
+from .threads import Kernel
+
+Array = Any
+_RUN = 32
+
+
+@serial
+def _multiply_run(
+    rows: Array, row: int, count: int, x: Array, token: Array, s0: int, s1: int, out: Array, column: int
+) -> None:
+    s = s0
+    while s + 4 <= s1:
+        x0, x1, x2, x3 = x[token[s]], x[token[s + 1]], x[token[s + 2]], x[token[s + 3]]
+        r = 0
+        while r + 2 <= count:
+            o = column + r
+            a0, a1, a2, a3, b0, b1, b2, b3 = dot_2_rows_4_tokens(rows[row + r], rows[row + r + 1], x0, x1, x2, x3)
+            out[s, o], out[s + 1, o], out[s + 2, o], out[s + 3, o] = a0, a1, a2, a3
+            out[s, o + 1], out[s + 1, o + 1], out[s + 2, o + 1], out[s + 3, o + 1] = b0, b1, b2, b3
+            r += 2
+        if r < count:
+            for q in range(4):
+                out[s + q, column + r] = dot(rows[row + r], x[token[s + q]])
+        s += 4
+    while s + 2 <= s1:
+        x0, x1 = x[token[s]], x[token[s + 1]]
+        r = 0
+        while r + 2 <= count:
+            o = column + r
+            out[s, o], out[s, o + 1], out[s + 1, o], out[s + 1, o + 1] = dot_2_rows_2_tokens(
+                rows[row + r], rows[row + r + 1], x0, x1
+            )
+            r += 2
+        if r < count:
+            out[s, column + r] = dot(rows[row + r], x0)
+            out[s + 1, column + r] = dot(rows[row + r], x1)
+        s += 2
+    if s < s1:
+        v = x[token[s]]
+        r = 0
+        while r + 4 <= count:
+            o = column + r
+            out[s, o], out[s, o + 1], out[s, o + 2], out[s, o + 3] = dot_4_rows(
+                rows, row + r, row + r + 1, row + r + 2, row + r + 3, v
+            )
+            r += 4
+        while r < count:
+            out[s, column + r] = dot(rows[row + r], v)
+            r += 1
+
+
+def _multiply_rows(
+    threads: int,
+    rows: Array,
+    x: Array,
+    token: Array,
+    starts: Array,
+    first: Array,
+    parts: int,
+    stride: int,
+    count: int,
+    out: Array,
+) -> None:
+    runs = (count + _RUN - 1) // _RUN
+    tasks = first.shape[0] * parts * runs
+    for thread in numba.prange(threads):
+        for task in range(thread, tasks, threads):
+            group = task // (parts * runs)
+            part = task // runs % parts
+            begin = task % runs * _RUN
+            _multiply_run(
+                rows,
+                first[group] + part * stride + begin,
+                min(_RUN, count - begin),
+                x,
+                token,
+                starts[group],
+                starts[group + 1],
+                out,
+                part * count + begin,
+            )
+
+
+def _multiply_some_rows(threads: int, rows: Array, x: Array, row: Array, token: Array, out: Array) -> None:
+    runs = (row.shape[0] + _RUN - 1) // _RUN
+    for thread in numba.prange(threads):
+        for run in range(thread, runs, threads):
+            i, stop = run * _RUN, min((run + 1) * _RUN, row.shape[0])
+            while i < stop:
+                if i + 4 <= stop and token[i] == token[i + 3]:
+                    out[i], out[i + 1], out[i + 2], out[i + 3] = dot_4_rows(
+                        rows, row[i], row[i + 1], row[i + 2], row[i + 3], x[token[i]]
+                    )
+                    i += 4
+                else:
+                    out[i] = dot(rows[row[i]], x[token[i]])
+                    i += 1
+
+
+multiply_rows = Kernel(serial(_multiply_rows), parallel(_multiply_rows))
+"""Groups of consecutive rows times the tokens of each group.
+
+Called with: rows ``[R, H]`` (uint16 bits of bfloat16, or fp32); x fp32 ``[T, H]``; token int64 ``[S]``, sorted by
+group; starts int64 ``[G + 1]``, where each group begins in ``token``; first int64 ``[G]``, each group's first row;
+parts, stride, count: a group is ``parts`` runs of ``count`` rows, ``stride`` rows apart; out fp32
+``[S, parts * count]``.
+"""
+
+multiply_some_rows = Kernel(serial(_multiply_some_rows), parallel(_multiply_some_rows))
+"""Single rows times one token each.
+
+Called with: rows ``[R, H]``; x fp32 ``[T, H]``; row int64 ``[P]``; token int64 ``[P]``; out fp32 ``[P]``.
+"""

@@ -1,0 +1,63 @@
+"""The linear layers around the experts, in a decode step on a CPU.
+
+With few tokens a linear layer is a stream of its weights; the compiled kernel of the experts reads them
+faster than a general matrix product. Knows nothing of experts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .executors.choice import large_products_are_fast
+from .executors.cpu import as_rows
+from .kernels import multiply_rows
+
+# Most tokens for which the kernel is used (measured with `make bench-kernels`).
+FEW = 4
+# Where the CPU has no fast bfloat16 product, the kernel wins for longer.
+FEW_EMULATED = 256
+# Smaller layers cost less than starting the threads.
+SMALLEST = 1 << 16
+
+
+class FastLinear(nn.Linear):
+    """``nn.Linear`` with another forward for few tokens; same parameters, names and state."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W^T + b``; sums in fp32, rounded once."""
+        weight = self.weight.detach()
+        tokens = x.numel() // max(1, x.shape[-1])
+        if not _suits(weight, x, tokens):
+            return super().forward(x)
+        flat = x.reshape(tokens, x.shape[-1]).float().contiguous()
+        out = torch.empty(tokens, len(weight))
+        token, starts = np.arange(tokens), np.array([0, tokens])
+        multiply_rows(as_rows(weight), flat.numpy(), token, starts, _ZERO, 1, 0, len(weight), out.numpy())
+        if self.bias is not None:
+            out += self.bias.detach().float()
+        return out.to(x.dtype).view(*x.shape[:-1], len(weight))
+
+
+_ZERO = np.zeros(1, np.int64)
+
+
+def _suits(weight: Tensor, x: Tensor, tokens: int) -> bool:
+    few = FEW if large_products_are_fast(weight.dtype) else FEW_EMULATED
+    return (
+        0 < tokens <= few
+        and x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and weight.dtype in (torch.bfloat16, torch.float32)
+        and weight.numel() >= SMALLEST
+        and weight.is_contiguous()
+        and not (torch.is_grad_enabled() and x.requires_grad)
+    )
+
+
+def use_fast_linear(model: nn.Module) -> None:
+    """Let every plain ``nn.Linear`` of a model use the kernel; parameters stay where they are."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FastLinear
