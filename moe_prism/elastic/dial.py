@@ -70,7 +70,7 @@ class Dial:
             raise PrismError(
                 f"k_active must be a whole number from 1 to {self.full_budget} (full budget), got {k_active!r}"
             )
-        return int(k_active)  # type: ignore[call-overload, no-any-return]
+        return int(k_active)
 
     def resolve(self, value: Budget) -> int:
         """A budget from a whole number, a share in (0, 1] (a float) or the name of an operating point.
