@@ -52,7 +52,7 @@ def choose(pooled: Tensor, weights: Tensor, index: Tensor, step: StepBudgets, nu
     else:
         loaded = torch.from_numpy(
             _greedy_set(
-                pooled.flatten(1).nan_to_num(0.0).numpy(),
+                pooled.flatten(1).nan_to_num(0.0, torch.inf, -torch.inf).numpy(),
                 candidate.numpy(),
                 first.numpy(),
                 step.k_min.numpy(),

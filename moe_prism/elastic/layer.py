@@ -18,6 +18,7 @@ from ..errors import PrismError
 from ..experts.neurons import down_bias
 from ..gates import Gate
 from .batch_selection import choose
+from .cpu_selection import select
 from .dial import Dial
 from .executors import CpuExecutor, choose_executor
 from .selection import gather_selection, pooled_scores, whole_experts
@@ -86,9 +87,13 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         out = executor.run(module, hidden_states, whole_experts(index, top_k_weights, valid), 1)
     else:
         scores = state.gate.score(module, state.on(hidden_states.device), hidden_states, index, n)
-        pooled = pooled_scores(scores.values, top_k_weights, state.gate.weighted, valid)
-        chosen = choose(pooled, top_k_weights, index, step, experts * n)
-        selection = gather_selection(chosen, index, top_k_weights)
+        weighted = state.gate.weighted
+        if step.k_min is None and valid is None and hidden_states.device.type == "cpu":
+            selection = select(scores.values.detach(), top_k_weights.detach(), index, step.k_active, weighted)
+        else:
+            pooled = pooled_scores(scores.values, top_k_weights, weighted, valid)
+            chosen = choose(pooled, top_k_weights, index, step, experts * n)
+            selection = gather_selection(chosen, index, top_k_weights)
         out = executor.run(module, hidden_states, selection, n, scores.activations)
     bias = down_bias(module)
     if bias is not None:  # an expert's output bias is kept whatever its sub-experts do: it costs nothing

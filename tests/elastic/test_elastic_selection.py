@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_prism.elastic.cpu_selection import select
 from moe_prism.elastic.selection import best, first_candidates, gather_selection, pooled_scores
 
 
@@ -97,3 +98,16 @@ def test_slots_without_an_expert_are_never_chosen() -> None:
     assert not chosen[:, 1].any()
     one = choose(scores, weights, torch.ones(5, dtype=torch.long), True, valid)
     assert torch.equal(one.flatten(1).sum(1), torch.ones(5, dtype=torch.long))
+
+
+@given(problems())
+@settings(max_examples=200, deadline=None)
+def test_the_compiled_selection_is_the_same_pair_for_pair(problem) -> None:
+    scores, weights, budgets, weighted = problem
+    t, k, _ = scores.shape
+    index = torch.stack([torch.randperm(k + 2)[:k] for _ in range(t)]) if t else torch.zeros(0, k).long()
+    if t:
+        scores[0, 0, 0] = float("nan")
+    expected = gather_selection(choose(scores, weights, budgets, weighted), index, weights)
+    for found, wanted in zip(select(scores, weights, index, budgets, weighted), expected, strict=True):
+        assert torch.equal(found, wanted)

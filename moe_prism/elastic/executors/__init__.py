@@ -6,6 +6,8 @@ from .cpu import CpuExecutor
 from .grouped import GroupedExecutor
 from .masked import MaskedExecutor
 from .reference import ReferenceExecutor
+from .some_neurons import NeuronRule, run_some_neurons
+from .triton import TritonExecutor
 
 __all__ = [
     "AUTO",
@@ -14,6 +16,9 @@ __all__ = [
     "Executor",
     "GroupedExecutor",
     "MaskedExecutor",
+    "NeuronRule",
     "ReferenceExecutor",
+    "TritonExecutor",
     "choose_executor",
+    "run_some_neurons",
 ]

@@ -6,19 +6,21 @@ A selected sub-expert is three runs of contiguous rows, so its cost is its bytes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...experts.packing import PackedRows, packed_rows
-from ..kernels import add_rows, multiply_rows
+from ..kernels import add_rows, gated_experts, multiply_rows
 from ..selection import Selection
 from .base import EXECUTORS, Executor
 from .bias import add_gate_up_bias
 
-_DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float32)
 
 
 def as_rows(weight: Tensor) -> NDArray[np.generic]:
@@ -27,6 +29,20 @@ def as_rows(weight: Tensor) -> NDArray[np.generic]:
     bits: NDArray[np.generic]
     bits = flat.view(torch.int16).numpy().view(np.uint16) if weight.dtype == torch.bfloat16 else flat.numpy()
     return bits
+
+
+@numba.njit(cache=True, nogil=True)
+def _runs(sub_expert: Any, n: int) -> Any:
+    """Where runs of equal values begin, and each run's expert and part."""
+    starts = np.empty(len(sub_expert) + 1, np.int64)
+    count = 0
+    for i in range(len(sub_expert)):
+        if i == 0 or sub_expert[i] != sub_expert[i - 1]:
+            starts[count] = i
+            count += 1
+    starts[count] = len(sub_expert)
+    first = sub_expert[starts[:count]]
+    return starts[: count + 1], first // n, first % n
 
 
 @dataclass(frozen=True)
@@ -48,10 +64,7 @@ class Groups:
     def of(cls, selection: Selection, n: int) -> Groups:
         """Group a selection, which is sorted by sub-expert."""
         sub_expert = selection.sub_expert.numpy()
-        changes = np.flatnonzero(np.diff(sub_expert)) + 1
-        starts = np.concatenate([[0], changes, [len(sub_expert)]]) if len(sub_expert) else np.zeros(1, np.int64)
-        expert, part = np.divmod(sub_expert[starts[:-1]], n)
-        return cls(selection.token.numpy(), starts, expert, part)
+        return cls(selection.token.numpy(), *_runs(sub_expert, n))
 
 
 @EXECUTORS.register("cpu")
@@ -68,7 +81,7 @@ class CpuExecutor(Executor):
         rows = packed_rows(module)
         if rows is None:
             return "its weights are not packed"
-        if rows.down.dtype not in _DTYPES:
+        if rows.down.dtype not in DTYPES:
             return f"it knows bfloat16 and fp32 weights, not {rows.down.dtype}"
         return None
 
@@ -76,6 +89,8 @@ class CpuExecutor(Executor):
         """See ``Executor.run``."""
         rows = packed_rows(module)
         assert rows is not None  # refusal was asked
+        if is_plain(module):
+            return _run_plain(rows, x, selection, n, computed)
         groups = Groups.of(selection, n)
         skipped = 0 if computed is None else computed.shape[3]
         projected = project(module, rows, x, groups, n, skipped)
@@ -89,6 +104,44 @@ class CpuExecutor(Executor):
         first = groups.expert * rows.down.shape[1] + groups.part * size
         add_rows(as_rows(rows.down), hidden.numpy(), groups.token, groups.starts, first, size, out.numpy())
         return out.to(x.dtype)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the layer is ``silu(gate) * up`` without biases, in the usual layout; found out once."""
+    key = (type(module), type(getattr(module, "act_fn", None)), bool(module.has_bias))
+    if key not in _PLAIN:
+        probe = torch.linspace(-9, 9, 8).view(1, 8)
+        gate, up = probe.chunk(2, dim=1)
+        applied: Tensor = module._apply_gate(probe)  # type: ignore[operator]
+        usual = applied.shape == gate.shape and torch.allclose(applied, torch.nn.functional.silu(gate) * up)
+        _PLAIN[key] = bool(module.is_concatenated) and not module.has_bias and usual
+    return _PLAIN[key]
+
+
+_PLAIN: dict[tuple[type, type, bool], bool] = {}
+
+
+def _run_plain(rows: PackedRows, x: Tensor, selection: Selection, n: int, computed: Tensor | None) -> Tensor:
+    weight = selection.weight.float()
+    known = (
+        torch.empty(len(weight), 0)
+        if computed is None
+        else computed[selection.token, selection.slot, selection.sub_expert % n].float()
+    )
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    gated_experts(
+        as_rows(rows.gate_up),
+        as_rows(rows.down),
+        as_rows(x.contiguous()) if x.dtype in DTYPES else x.float().numpy(),
+        selection.token.numpy(),
+        selection.sub_expert.numpy(),
+        weight.numpy(),
+        known.numpy(),
+        rows.down.shape[1],
+        n,
+        out.numpy(),
+    )
+    return out.to(x.dtype)
 
 
 def project(

@@ -54,7 +54,13 @@ class GroupedExecutor(Executor):
             weight = rows.gate_up.view(blocks, 2 * size, hidden).transpose(1, 2)
             projected = torch.nn.functional.grouped_mm(tokens, weight, offs=ends)
         applied = module._apply_gate(add_gate_up_bias(module, projected, selection, n))  # type: ignore[operator]
-        product = torch.nn.functional.grouped_mm(applied, rows.down.view(blocks, size, hidden), offs=ends)
+        product = torch.nn.functional.grouped_mm(_aligned(applied), rows.down.view(blocks, size, hidden), offs=ends)
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         out.index_add_(0, selection.token, product.float() * selection.weight[:, None].float())
         return out.to(x.dtype)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """The same values with rows that begin at multiples of 16 bytes, as the kernel demands."""
+    odd = -x.shape[1] % (16 // x.element_size())
+    return torch.nn.functional.pad(x, (0, odd))[:, : x.shape[1]] if odd else x

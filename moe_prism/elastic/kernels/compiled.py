@@ -6,8 +6,10 @@ Weights stay in the dtype of the checkpoint; arithmetic is fp32. A bfloat16 arra
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
@@ -30,7 +32,44 @@ def serial(function: Function) -> Function:
 
 def parallel(function: Function) -> Function:
     """Compile the same kernel for Numba's threads."""
-    return cast(Function, njit(nogil=True, cache=True, parallel=True)(function))
+    # Numba's cache on disk goes by name and does not look at "parallel": the twins need two names.
+    twin = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_parallel")
+    twin.__qualname__ = f"{function.__qualname__}_parallel"
+    twin.__module__ = function.__module__
+    return cast(Function, njit(nogil=True, cache=True, parallel=True)(twin))
+
+
+RUN = 32
+"""Rows that one task covers: long enough to be read as a stream, short enough to share the work evenly."""
+
+
+@inner
+def share_tasks(starts: Any, runs: int, parts: int, threads: int) -> Any:
+    """Where each thread's tasks begin: int64 ``[threads + 1]``.
+
+    A group has ``parts * runs`` tasks, numbered in the order of memory. A thread gets consecutive ones, so
+    that it reads long streams, and about the same work: that of reading a row plus that of its tokens.
+    """
+    groups = starts.shape[0] - 1
+    total = 0
+    for group in range(groups):
+        total += _work(starts[group + 1] - starts[group])
+    bounds = np.zeros(threads + 1, np.int64)
+    thread, passed = 1, 0
+    for group in range(groups):
+        work = _work(starts[group + 1] - starts[group])
+        while thread < threads and (passed + work) * threads >= total * thread:
+            inside = (total * thread / threads - passed) / work
+            bounds[thread] = group * parts * runs + int(inside * parts * runs + 0.5)
+            thread += 1
+        passed += work
+    bounds[thread:] = groups * parts * runs
+    return bounds
+
+
+@inner
+def _work(tokens: int) -> int:
+    return 3 + tokens
 
 
 def _widen(_context: Any, value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Rows of weights times tokens: gate and up projections, and any linear layer of a decode step.
 
-Work is split over runs of 32 rows, dealt to the threads in turn, so every output is computed whole by one
-thread and does not depend on how many there are.
+Work is split over runs of rows, so every output is computed whole by one thread and does not depend on how
+many there are.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from typing import Any
 
 import numba
 
-from .compiled import parallel, serial
+from .compiled import RUN, parallel, serial, share_tasks
 from .micro import dot, dot_2_rows_2_tokens, dot_2_rows_4_tokens, dot_4_rows
 from .threads import Kernel
 
 Array = Any
-_RUN = 32
 
 
 @serial
-def _multiply_run(
+def multiply_run(
     rows: Array, row: int, count: int, x: Array, token: Array, s0: int, s1: int, out: Array, column: int
 ) -> None:
+    """``count`` consecutive rows times the tokens ``s0 .. s1`` of a group, into columns of ``out``."""
     s = s0
     while s + 4 <= s1:
         x0, x1, x2, x3 = x[token[s]], x[token[s + 1]], x[token[s + 2]], x[token[s + 3]]
@@ -75,17 +75,17 @@ def _multiply_rows(
     count: int,
     out: Array,
 ) -> None:
-    runs = (count + _RUN - 1) // _RUN
-    tasks = first.shape[0] * parts * runs
+    runs = (count + RUN - 1) // RUN
+    bounds = share_tasks(starts, runs, parts, threads)
     for thread in numba.prange(threads):
-        for task in range(thread, tasks, threads):
+        for task in range(bounds[thread], bounds[thread + 1]):
             group = task // (parts * runs)
             part = task // runs % parts
-            begin = task % runs * _RUN
-            _multiply_run(
+            begin = task % runs * RUN
+            multiply_run(
                 rows,
                 first[group] + part * stride + begin,
-                min(_RUN, count - begin),
+                min(RUN, count - begin),
                 x,
                 token,
                 starts[group],
@@ -96,19 +96,17 @@ def _multiply_rows(
 
 
 def _multiply_some_rows(threads: int, rows: Array, x: Array, row: Array, token: Array, out: Array) -> None:
-    runs = (row.shape[0] + _RUN - 1) // _RUN
     for thread in numba.prange(threads):
-        for run in range(thread, runs, threads):
-            i, stop = run * _RUN, min((run + 1) * _RUN, row.shape[0])
-            while i < stop:
-                if i + 4 <= stop and token[i] == token[i + 3]:
-                    out[i], out[i + 1], out[i + 2], out[i + 3] = dot_4_rows(
-                        rows, row[i], row[i + 1], row[i + 2], row[i + 3], x[token[i]]
-                    )
-                    i += 4
-                else:
-                    out[i] = dot(rows[row[i]], x[token[i]])
-                    i += 1
+        i, stop = thread * row.shape[0] // threads, (thread + 1) * row.shape[0] // threads
+        while i < stop:
+            if i + 4 <= stop and token[i] == token[i + 3]:
+                out[i], out[i + 1], out[i + 2], out[i + 3] = dot_4_rows(
+                    rows, row[i], row[i + 1], row[i + 2], row[i + 3], x[token[i]]
+                )
+                i += 4
+            else:
+                out[i] = dot(rows[row[i]], x[token[i]])
+                i += 1
 
 
 multiply_rows = Kernel(serial(_multiply_rows), parallel(_multiply_rows))

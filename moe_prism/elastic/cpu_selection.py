@@ -1,0 +1,69 @@
+"""Plain selection on a CPU in one compiled call: at one token, two dozen small tensor operations would cost as
+much as the experts.
+
+It gives what ``selection`` gives, pair for pair. Knows nothing of floors or caps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from .selection import Selection
+
+
+def select(scores: Tensor, weights: Tensor, index: Tensor, budgets: Tensor, weighted: bool) -> Selection:
+    """Every token's best ``budgets[t]`` candidates, sorted by sub-expert.
+
+    Args:
+        scores: ``[T, k, N]``.
+        weights: ``[T, k]`` routing weights.
+        index: int64 ``[T, k]`` routed experts.
+        budgets: int64 ``[T]``, at least 1.
+        weighted: multiply scores by routing weights.
+    """
+    token, slot, sub_expert = _select(
+        scores.float().numpy(), weights.float().numpy(), index.numpy(), budgets.numpy(), weighted
+    )
+    token, slot = torch.from_numpy(token), torch.from_numpy(slot)
+    return Selection(token, slot, torch.from_numpy(sub_expert), weights[token, slot])
+
+
+@numba.njit(cache=True, nogil=True)
+def _select(scores: Any, weights: Any, index: Any, budgets: Any, weighted: bool) -> Any:
+    tokens, k, n = scores.shape
+    width = k * n
+    total = 0
+    for t in range(tokens):
+        total += min(budgets[t], width)
+    token = np.empty(total, np.int64)
+    slot = np.empty(total, np.int64)
+    sub_expert = np.empty(total, np.int64)
+    pooled = np.empty(width, np.float32)
+    count = 0
+    for t in range(tokens):
+        top = 0
+        for s in range(1, k):
+            if weights[t, s] > weights[t, top]:
+                top = s
+        for s in range(k):
+            for i in range(n):
+                value = scores[t, s, i] * weights[t, s] if weighted else scores[t, s, i]
+                pooled[s * n + i] = np.inf if np.isnan(value) else value  # torch sorts NaN above all
+        first = top * n
+        for j in range(top * n + 1, top * n + n):
+            if pooled[j] > pooled[first]:
+                first = j
+        pooled[first] = np.inf
+        order = np.argsort(-pooled, kind="mergesort")  # stable: equal scores in the order of slots
+        for j in order[: budgets[t]]:
+            token[count] = t
+            slot[count] = j // n
+            sub_expert[count] = index[t, j // n] * n + j % n
+            count += 1
+    by_sub_expert = np.argsort(sub_expert * tokens + token, kind="mergesort")
+    return token[by_sub_expert], slot[by_sub_expert], sub_expert[by_sub_expert]

@@ -1,0 +1,79 @@
+"""Time decode steps of moe-prism, or of stock transformers with its own experts implementation.
+
+python -m decode_bench.torch_worker JOB RESULT
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from decode_bench.job import Job, run_worker, save_logits, time_steps
+from moe_prism import load_elastic, set_budget
+from moe_prism.evaluation.environment import machine, versions
+
+OURS = "moe-prism"
+
+
+class Decoder:
+    """A batch of sequences with its cache."""
+
+    def __init__(self, model: PreTrainedModel, rows: Tensor) -> None:
+        self.model, self.rows, self.cache = model, rows, DynamicCache(config=model.config)
+
+    def feed(self, start: int, end: int) -> Tensor:
+        """Run tokens ``start:end`` of every row; logits ``[B, V]`` of the last."""
+        out = self.model(self.rows[:, start:end], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        last: Tensor = out.logits[:, -1]
+        return last
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Check, then every point."""
+    torch.set_num_threads(job.threads)
+    model = load(job)
+    with torch.inference_mode():
+        checked = Decoder(model, torch.tensor(job.rows(1)))
+        checked.feed(0, job.prompt - 1)
+        # The last token alone: the path that is timed.
+        save_logits(job, checked.feed(job.prompt - 1, job.prompt)[0].float().numpy())
+        points = [
+            {"tokens": tokens, "k_active": k_active, "ms": one_point(model, job, tokens, k_active)}
+            for tokens, k_active in job.points
+        ]
+    return {
+        "points": points,
+        "versions": versions() | {"numba": numba.__version__},
+        "machine": machine(model) | {"torch_cpu_capability": torch.backends.cpu.get_cpu_capability()},
+        "notes": {"experts_implementation": str(model.config._experts_implementation)},
+    }
+
+
+def load(job: Job) -> PreTrainedModel:
+    """The model in bf16, elastic or stock."""
+    if job.engine == OURS:
+        return load_elastic(job.model, dtype=torch.bfloat16, verify=False)  # the weights were just written
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16)
+    return model.eval()
+
+
+def one_point(model: PreTrainedModel, job: Job, tokens: int, k_active: int) -> list[float]:
+    """Milliseconds of steps of ``tokens`` sequences; the prompt runs before, untimed."""
+    if job.engine == OURS:
+        set_budget(model, k_active)
+    decoder = Decoder(model, torch.tensor(job.rows(tokens)))
+    decoder.feed(0, job.prompt)
+
+    def step(position: int) -> None:
+        # Every engine picks the likeliest token in the timed part, and then gets the next one of its row.
+        decoder.feed(position, position + 1).argmax(dim=-1)
+
+    return time_steps(step, job)
+
+
+if __name__ == "__main__":
+    run_worker(measure)
