@@ -48,6 +48,14 @@ WORKERS = {
 THREAD_SETTINGS = ("OMP_", "GOMP_", "KMP_", "MKL_", "NUMBA_", "OPENBLAS_", "VLLM_", "GGML_", "LD_PRELOAD")
 
 
+class Model(NamedTuple):
+    """The written model, and how many tokens it knows."""
+
+    folder: Path
+    gguf: Path
+    vocabulary: int
+
+
 class Engine(NamedTuple):
     """How one engine is run."""
 
@@ -61,21 +69,24 @@ class Failed(Exception):
     """A process of an engine ended with an error; the message is the last of what it printed."""
 
 
-def engines(args: argparse.Namespace, model: Path, gguf: Path) -> list[Engine]:
+def engines(args: argparse.Namespace, model: Model) -> list[Engine]:
     """Those that can run, in the order of a round."""
     here = Path(sys.executable)
-    threads = str(args.threads)
     found = [
-        # As its command line sets it. The reference of the check comes first.
-        Engine(STOCK, here, model, {}),
-        Engine(OURS, here, model, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        Engine(STOCK, here, model.folder, {}),  # first: the others' logits are compared with its own
+        Engine(OURS, here, model.folder, {"OMP_WAIT_POLICY": "PASSIVE"}),  # as our command line sets it
     ]
     if args.llama_python:
-        found.append(Engine(LLAMA, args.llama_python, gguf, {}))
+        found.append(Engine(LLAMA, args.llama_python, model.gguf, {}))
     if args.vllm_python:
-        # In one process, with all threads: by default it reserves a core for itself.
-        alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": threads, "VLLM_NO_USAGE_STATS": "1"}
-        found.append(Engine(VLLM, args.vllm_python, model, alone))
+        settings = {
+            # In one process, with all threads: by default it computes on one core less and keeps that for itself.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "OMP_NUM_THREADS": str(args.threads),
+            "VLLM_CACHE_ROOT": str(args.work / "vllm-cache"),
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        found.append(Engine(VLLM, args.vllm_python, model.folder, settings))
     return found
 
 
@@ -93,7 +104,7 @@ def run(python: Path, arguments: list[str], environment: dict[str, str], log: Pa
         raise Failed(f"{by}: {tail or 'it printed nothing'} (all of it: {log})")
 
 
-def time_engine(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
+def time_engine(engine: Engine, args: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
     """One round of one engine; raises Failed."""
     job = Job(
         engine=engine.name,
@@ -104,7 +115,7 @@ def time_engine(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
         prompt=args.context - args.warmup - args.steps // 2,
         warmup=args.warmup,
         steps=args.steps,
-        vocabulary=args.vocabulary,
+        vocabulary=vocabulary,
         seed=args.seed,
         logits=str(args.work / f"{engine.name}.logits.npy"),
         compiled=args.vllm_compile,
@@ -116,19 +127,20 @@ def time_engine(engine: Engine, args: argparse.Namespace) -> dict[str, Any]:
     return {"engine": engine.name} | timed
 
 
-def prepare(args: argparse.Namespace) -> tuple[Path, Path]:
+def prepare(args: argparse.Namespace) -> Model:
     """The checkpoint and, where llama.cpp takes part, its GGUF file; written unless they are there."""
-    model = args.work / f"olmoe-{args.layers}-layers-seed-{args.seed}"
-    gguf = model.with_suffix(".gguf")
-    if not model.exists():
+    folder = args.work / f"olmoe-{args.layers}-layers-seed-{args.seed}"
+    gguf = folder.with_suffix(".gguf")
+    if not folder.exists():
         from decode_bench.checkpoint import write_model
 
-        print(f"writing {model}", file=sys.stderr)
-        write_model(model, args.layers, args.seed)
+        print(f"writing {folder}", file=sys.stderr)
+        write_model(folder, args.layers, args.seed)
     if args.llama_python and not gguf.exists():
         print(f"writing {gguf}", file=sys.stderr)
-        run(args.llama_python, ["decode_bench.gguf_file", str(model), str(gguf)], {}, _log(args, "gguf"))
-    return model, gguf
+        run(args.llama_python, ["decode_bench.gguf_file", str(folder), str(gguf)], {}, _log(args, "gguf"))
+    vocabulary: int = json.loads((folder / "config.json").read_text())["vocab_size"]
+    return Model(folder, gguf, vocabulary)
 
 
 def record(args: argparse.Namespace, command: str, state: dict[str, Any]) -> dict[str, Any]:
@@ -183,21 +195,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("build/bench/decode"), help="%(default)s")
     parser.add_argument("--out", type=Path, default=Path("build/bench/decode.json"), help="%(default)s")
     args = parser.parse_args(argv)
-    for name in ("layers", "rounds", "steps", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be 1 or more, got {getattr(args, name)}")
-    if args.warmup < 0:
-        parser.error(f"--warmup must be 0 or more, got {args.warmup}")
-    least = 2 + args.warmup + args.steps // 2
-    if not least <= args.context <= 400 - args.steps:
-        parser.error(
-            f"--context must be from {least} to {400 - args.steps} with --steps {args.steps}, got {args.context}"
-        )
+    for name, least, most in (("layers", 1, 64), ("rounds", 1, 99), ("threads", 1, 999), ("steps", 1, 200)):
+        if not least <= getattr(args, name) <= most:
+            parser.error(f"--{name} must be from {least} to {most}, got {getattr(args, name)}")
+    if not 0 <= args.warmup <= 50:
+        parser.error(f"--warmup must be from 0 to 50, got {args.warmup}")
+    least, most = 2 + args.warmup + args.steps // 2, 512 - args.steps
+    if not least <= args.context <= most:
+        steps = f"{args.warmup} + {args.steps} steps"
+        parser.error(f"--context must be from {least} to {most} with {steps}, got {args.context}")
     for name in ("llama_python", "vllm_python"):
         python = getattr(args, name)
         if python and not os.access(python, os.X_OK):
             parser.error(f"--{name.replace('_', '-')} {python} is not an executable; give ENV/bin/python")
-    args.vocabulary = 50304
     return args
 
 
@@ -209,11 +219,11 @@ def main(argv: list[str] | None = None) -> int:
     for folder in (args.work, args.out.parent):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        model, gguf = prepare(args)
+        model = prepare(args)
     except (PrismError, Failed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    taking_part = engines(args, model, gguf)
+    taking_part = engines(args, model)
     left_out = [name for name in (LLAMA, VLLM) if name not in {engine.name for engine in taking_part}]
     for name in left_out:
         print(f"{name} is left out: no --{'llama' if name == LLAMA else name}-python", file=sys.stderr)
@@ -225,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             print(f"round {number + 1}: {engine.name}", file=sys.stderr)
             try:
-                state["rounds"].append(time_engine(engine, args))
+                state["rounds"].append(time_engine(engine, args, model.vocabulary))
                 if number == 0 and engine.name != STOCK and STOCK not in state["failed"]:
                     state["agreement"].append(compare(engine.name, args))
             except Failed as error:

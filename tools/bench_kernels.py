@@ -93,11 +93,11 @@ def make_layer(dtype: torch.dtype, seed: int) -> torch.nn.Module:
 class Bench:
     """The layer in its forms, and what can be timed on it."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, baselines: bool = True) -> None:
         self.ours = make_layer(torch.bfloat16, seed)
         pack(self.ours)
-        self.stock = make_layer(torch.bfloat16, seed)
-        self.stock32 = make_layer(torch.float32, seed)
+        self.stock = make_layer(torch.bfloat16, seed) if baselines else None
+        self.stock32 = make_layer(torch.float32, seed) if baselines else None
         self.dial = Dial(FULL)
         importance = torch.rand(SHAPE["num_experts"], N)
         gate = GATES.create("static", {})
@@ -238,11 +238,8 @@ def main() -> None:
         spread = [round(float(v), 1) for v in np.percentile(reading, (25, 75))]
         results.append({"threads": threads, "bandwidth_gbs": round(gbs, 1), "bandwidth_spread": spread, "layer": layer})
         print(f"{threads} thread(s): {gbs:.1f} GB/s", flush=True)
-    described = machine(
-        AutoModelForCausalLM.from_config(
-            AutoConfig.for_model("olmoe", num_hidden_layers=0, vocab_size=8, hidden_size=32, num_attention_heads=1)
-        )
-    )
+    tiny = AutoConfig.for_model("olmoe", vocab_size=8, hidden_size=32, num_attention_heads=1, num_hidden_layers=1)
+    described = machine(AutoModelForCausalLM.from_config(tiny))
     record = {
         "command": shlex.join(["python", *sys.argv]),
         "seed": args.seed,

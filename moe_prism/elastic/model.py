@@ -128,7 +128,7 @@ def load_elastic(
     executor: str = AUTO,
     fast_linear: bool = True,
 ) -> PreTrainedModel:
-    """Load an elastic checkpoint with transformers, at full budget, in eval mode.
+    """Load an elastic checkpoint with transformers, at full budget, for inference.
 
     The model gets ``set_budget`` as a method, and its ``generate`` takes ``k_active``.
 
@@ -148,7 +148,7 @@ def load_elastic(
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(path), dtype=dtype, experts_implementation=IMPLEMENTATION
     )
-    model.eval()
+    model.eval().requires_grad_(False)  # kernels have no gradients
     dial = attach(model, checkpoint.elastic, checkpoint.tensors())
     dial.executor = executor
     measured = checkpoint.operating_points()

@@ -83,7 +83,7 @@ def check(module: nn.Module, x: Tensor, selection: Selection, n: int) -> None:
     with torch.no_grad():
         doubles = selection._replace(weight=selection.weight.double())
         expected = EXECUTORS.create("reference").run(exact_twin(module), x.double(), doubles, n)
-    assert found.dtype == x.dtype and found.shape == x.shape
+    assert (found.dtype, found.shape) == (x.dtype, x.shape)
     error = (found.double() - expected).abs().amax(1)
     assert (error <= TOLERANCE[x.dtype] * expected.abs().amax(1)).all(), error
 

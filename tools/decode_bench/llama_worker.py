@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from decode_bench.job import Job, run_worker, save_logits, time_steps
 
-CONTEXT = 512
+CONTEXT = 640
 
 
 class Decoder:

@@ -88,7 +88,7 @@ class TritonExecutor(Executor):
             return "it has no gradients; run under torch.no_grad()"
         if module.has_bias or not module.is_concatenated or module.is_transposed:
             return "it knows experts without biases whose gate and up weights are two halves of [E, 2C, H]"
-        if type(module)._apply_gate.__module__ != _PLAIN_GATE or not isinstance(module.act_fn, _SILU):
+        if module._apply_gate.__module__ != _PLAIN_GATE or not isinstance(module.act_fn, _SILU):
             return "it knows the activation SiLU(gate) * up only"
         rows = packed_rows(module)
         if rows is None:
