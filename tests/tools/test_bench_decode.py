@@ -220,7 +220,7 @@ def test_peers_that_fail_or_compute_something_else_are_reported(
     ("arguments", "message"),
     [
         (["--rounds", "0"], "--rounds must be from 1 to 99, got 0"),
-        (["--context", "10"], "--context must be from 22 to 480 with 4 + 32 steps, got 10"),
+        (["--context", "10"], "--context must be from 22 to 478 with 4 + 32 steps, got 10"),
         (["--llama-python", "/nowhere"], "give ENV/bin/python"),
     ],
 )

@@ -168,7 +168,8 @@ def _fingerprint(shard: dict[str, Tensor], layer: int) -> Tensor:
 def _bytes(config: PreTrainedConfig) -> int:
     hidden, experts = config.hidden_size, config.num_experts
     layer = 4 * hidden * hidden + 3 * experts * hidden * config.intermediate_size + experts * hidden + 4 * hidden
-    return 2 * (config.num_hidden_layers * layer + 2 * config.vocab_size * hidden + hidden)
+    total: int = 2 * (config.num_hidden_layers * layer + 2 * config.vocab_size * hidden + hidden)
+    return total
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

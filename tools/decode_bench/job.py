@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+LONGEST = 512  # tokens of a sequence, for engines that must know before
+
 
 @dataclass(frozen=True)
 class Job:

@@ -13,9 +13,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from decode_bench.job import Job, run_worker, save_logits, time_steps
-
-CONTEXT = 640
+from decode_bench.job import LONGEST, Job, run_worker, save_logits, time_steps
 
 
 class Decoder:
@@ -31,7 +29,7 @@ class Decoder:
         if not self.model:
             raise SystemExit(f"error: llama.cpp cannot load {job.model}")
         settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = CONTEXT
+        settings.n_ctx = settings.n_batch = LONGEST
         settings.n_threads = settings.n_threads_batch = job.threads
         self.context = llama_cpp.llama_init_from_model(self.model, settings)
         if not self.context:

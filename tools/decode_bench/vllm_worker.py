@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from vllm import LLM, SamplingParams
 
-from decode_bench.job import Job, run_worker, save_logits, time_steps
+from decode_bench.job import LONGEST, Job, run_worker, save_logits, time_steps
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def measure(job: Job) -> dict[str, Any]:
         job.model,
         dtype="bfloat16",
         enforce_eager=not job.compiled,
-        max_model_len=640,
+        max_model_len=LONGEST,
         max_num_seqs=max(tokens for tokens, _ in job.points),
         max_logprobs=-1,
         kv_cache_memory_bytes=1 << 30,  # else it takes a share of the whole machine
