@@ -13,7 +13,7 @@ STARTER ?= $(DATA)/models/starter-16m
 WORKDIR ?= build/reference
 NOTE    ?= Cleaned English prose of Project Gutenberg eBooks, public domain in the USA.
 # What the bundled model was trained with.
-TRAINING ?= --tokens 15000000 --decay-share 0.37 --compile
+TRAINING ?= --tokens 30000000 --compile
 ARGS    ?=
 PEERS   ?=
 

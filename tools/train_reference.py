@@ -74,7 +74,12 @@ def reproducing_command(parser: argparse.ArgumentParser, args: argparse.Namespac
     for name, value in vars(args).items():
         if name not in here_only and value != parser.get_default(name):
             words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
-    return shlex.join([*words, "--workdir", "DIR", "--out", "DIR"])
+    own = shlex.join([*words, "--workdir", "DIR", "--out", "DIR"])
+    if args.init_from is None:
+        return own
+    card = args.init_from / "README.md"
+    earlier = [line for line in card.read_text().splitlines() if line.startswith(words[0] + " " + words[1])]
+    return "\n".join([*earlier, own.replace(str(args.init_from), "MODEL-OF-THE-LINE-ABOVE")])
 
 
 def main(arguments: list[str]) -> None:

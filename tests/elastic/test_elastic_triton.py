@@ -89,17 +89,25 @@ def check(module: nn.Module, x: Tensor, selection: Selection, n: int) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @given(
+    dtype=st.sampled_from(list(TOLERANCE)),
     tokens=st.integers(0, 5),
     n=st.sampled_from([1, 2, 4]),
     kind=st.sampled_from(["random", "one expert", "full"]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_the_sum_is_that_of_reference(dtype: torch.dtype, tokens: int, n: int, kind: str, seed: int) -> None:
     module = layer_of(dtype=dtype)
     check(module, *inputs(module, tokens, n, kind, seed=seed), n)
+
+
+@needs_triton
+def test_tokens_with_more_pairs_than_are_added_at_once() -> None:
+    module = layer_of()
+    x, selection = inputs(module, 2, 4, "full", k=8)
+    assert len(selection.token) // 2 == 32 > executor_file._PAIRS_ADDED_AT_ONCE
+    check(module, x, selection, 4)
 
 
 @needs_triton
@@ -153,10 +161,10 @@ def test_what_a_gate_computed_changes_nothing() -> None:
 @needs_triton
 def test_inputs_that_are_views() -> None:
     module = layer_of()
-    x, selection = inputs(module, 4, 4, "full")
+    x, selection = inputs(module, 4, 1, "full", k=1)
     wide = torch.stack([x, x + 1], dim=2).flatten(1)[:, ::2]
     assert not wide.is_contiguous()
-    assert torch.equal(run(module, wide, selection, 4), run(module, x, selection, 4))
+    assert torch.equal(run(module, wide, selection, 1), run(module, x, selection, 1))
 
 
 @given(counts=st.lists(st.integers(0, 300), min_size=1, max_size=20), hidden=st.integers(1, 4096))
@@ -189,7 +197,7 @@ def check(kernel, tile, architecture, **constants):
     return made.asm["ptx"]
 
 assert not kernels.INTERPRETED
-for architecture, pairs, hidden, size in ((80, 16, 2048, 256), (80, 300, 72, 5), (90, 40000, 2048, 256)):
+for architecture, pairs, hidden, size in ((80, 16, 2040, 250), (90, 40000, 2048, 256)):
     common = {"GROUPS": 256, "SIZE": size, "NEURONS": 4 * size, "HIDDEN": hidden, "WIDTH": 256}
     for kernel, inner, cols in ((kernels.activate, hidden, 32), (kernels.project, size, 64)):
         ptx = check(kernel, Tile.of(pairs, 256, inner, cols, 2), architecture, **common)
@@ -253,8 +261,12 @@ def test_devices_are_refused_clearly(monkeypatch) -> None:
     assert "pip install 'moe-prism[triton]'" in device_refusal(torch.device("cuda"))
 
 
-def test_importing_the_package_imports_no_triton() -> None:
-    script = "import sys, moe_prism.elastic.executors.triton; sys.exit('triton' in sys.modules)"
-    hidden = "import sys; sys.modules['triton'] = None; import moe_prism.elastic.layer"  # as if it were not installed
-    for code in (script, hidden):
-        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+def test_the_package_works_without_triton() -> None:
+    script = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import torch, moe_prism.elastic.layer
+from moe_prism.elastic.executors.triton import device_refusal
+assert "not installed" in device_refusal(torch.device("cuda"))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=200)

@@ -57,7 +57,7 @@ def gguf_name(name: str) -> tuple[str, int | None]:
 
 def bf16_tensors(folder: Path) -> dict[str, NDArray[np.uint16]]:
     """All weights of a checkpoint as bit patterns, mapped from its safetensors files."""
-    found = {}
+    found: dict[str, NDArray[np.uint16]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")

@@ -1,6 +1,8 @@
 """Time decode steps of llama.cpp, one token at a time, through the C interface of llama-cpp-python.
 
-LLAMA_PYTHON -m decode_bench.llama_worker JOB RESULT
+    LLAMA_PYTHON -m decode_bench.llama_worker JOB RESULT
+
+A step is one ``llama_decode`` and the choice of the likeliest token.
 """
 
 from __future__ import annotations
@@ -22,8 +24,12 @@ class Decoder:
     def __init__(self, job: Job) -> None:
         llama_cpp.llama_backend_init()
         loading = llama_cpp.llama_model_default_params()
-        # Read into memory: a mapped file would be paged in, expert by expert, inside the timed steps.
-        loading.use_mmap = False
+        # Read into memory: a mapped file would be paged in, expert by expert, inside the timed steps. A ctypes
+        # structure takes any attribute, so the field's name, which depends on the version, is looked up.
+        if hasattr(type(loading), "load_mode"):
+            loading.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+        else:
+            loading.use_mmap = False
         loading.n_gpu_layers = 0
         self.model = llama_cpp.llama_model_load_from_file(job.model.encode(), loading)
         if not self.model:

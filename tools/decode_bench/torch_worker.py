@@ -1,6 +1,8 @@
 """Time decode steps of moe-prism, or of stock transformers with its own experts implementation.
 
-python -m decode_bench.torch_worker JOB RESULT
+    python -m decode_bench.torch_worker JOB RESULT
+
+A step is one forward pass with a cache that grows, and the choice of the likeliest token.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def load(job: Job) -> PreTrainedModel:
     if job.engine == OURS:
         return load_elastic(job.model, dtype=torch.bfloat16, verify=False)  # the weights were just written
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def one_point(model: PreTrainedModel, job: Job, tokens: int, k_active: int) -> list[float]:

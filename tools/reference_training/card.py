@@ -5,6 +5,7 @@ Knows nothing of weights; everything it states is in ``Facts``.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -87,7 +88,8 @@ def model_card(facts: Facts) -> str:
     per_step = t.step_tokens // t.context * t.context
     tokens = facts.step * per_step
     active = facts.parameters - c.layers * (c.experts - c.top_k) * 3 * c.neurons * c.hidden_size
-    seconds = facts.log[-1]["seconds"] if facts.log else 0
+    clock = [0, *(record["seconds"] for record in facts.log), 0]  # it starts anew with every --init-from
+    seconds = sum(now for now, after in itertools.pairwise(clock) if after < now)
     texts = "\n".join(
         f"- `{name}`, SHA-256 `{digest}`" for name, digest in zip(data["names"], data["sha256"], strict=True)
     )

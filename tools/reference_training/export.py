@@ -123,7 +123,9 @@ def to_transformers(model: ReferenceModel, balance_loss: float) -> OlmoeForCausa
 
 @torch.no_grad()
 def write_start(directory: Path, workdir: Path, config: ModelConfig) -> int:
-    """``workdir/start.pt`` from an exported model: its bf16 weights and the step it was exported at.
+    """``workdir/start.pt`` from an exported model: its bf16 weights and the last step that it logged.
+
+    The log goes on where the model's own ends.
 
     Raises:
         SystemExit: the model has other sizes or another tokenizer, or no training log.
@@ -145,6 +147,7 @@ def write_start(directory: Path, workdir: Path, config: ModelConfig) -> int:
                 f"{directory}: {name} is {tuple(weights[name].shape)}, the settings mean {tuple(part.shape)}"
             )
         part.copy_(weights[name])
+    (workdir / "log.jsonl").write_bytes(log.read_bytes())
     torch.save({"flat": model.flat.detach(), "step": step}, workdir / START)
     return step
 
