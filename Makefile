@@ -12,7 +12,7 @@ VALID   ?= $(DATA)/gutenberg/valid.txt.xz $(DATA)/wikitext2/test.txt
 STARTER ?= $(DATA)/models/starter-16m
 WORKDIR ?= build/reference
 NOTE    ?= Cleaned English prose of Project Gutenberg eBooks, public domain in the USA.
-# What the bundled model was trained with.
+# The bundled model had these tokens in two runs; its card has both commands. This is one run.
 TRAINING ?= --tokens 30000000 --compile
 ARGS    ?=
 PEERS   ?=

@@ -29,11 +29,13 @@ class StepBudgets(NamedTuple):
         k_min: int64 ``[T]``, what each token gets at least, or None for plain selection: every token runs
             its own best ``k_active``.
         cap: different sub-experts that a layer may touch in the step, or None.
+        pairs: sum of ``k_active``, known to the host without asking a device.
     """
 
     k_active: Tensor
     k_min: Tensor | None = None
     cap: int | None = None
+    pairs: int | None = None
 
 
 class Dial:
@@ -59,6 +61,7 @@ class Dial:
         self.points: dict[str, int] = {FULL: full_budget}
         self._buffer = torch.empty(0, dtype=torch.int64)
         self._filled: int | None = None
+        self._pairs = 0
 
     def check(self, k_active: object) -> int:
         """``k_active`` itself; raises PrismError if it is not a whole number in range."""
@@ -114,7 +117,7 @@ class Dial:
         if len(self._buffer) < len(values):
             self._buffer = torch.empty(len(values), dtype=torch.int64, device=self._buffer.device)
         self._buffer[: len(values)].copy_(values)
-        self._filled = len(values)
+        self._filled, self._pairs = len(values), int(values.sum())
 
     def step(self, tokens: int, device: torch.device) -> StepBudgets | None:
         """Budgets of a forward of ``tokens`` tokens; None where all of them run everything.
@@ -127,18 +130,19 @@ class Dial:
                 raise PrismError(f"{self._filled} budgets were filled in, but the step has {tokens} tokens")
             if self._buffer.device != device:
                 self._buffer = self._buffer.to(device)
-            return self._step(self._buffer[:tokens])
+            return self._step(self._buffer[:tokens], self._pairs)
         if self.rows is not None:
             if not len(self.rows) or tokens % len(self.rows):
                 raise PrismError(f"budgets of {len(self.rows)} rows do not fit a step of {tokens} tokens")
-            return self._step(self.rows.to(device).repeat_interleave(tokens // len(self.rows)))
+            each = tokens // len(self.rows)
+            return self._step(self.rows.to(device).repeat_interleave(each), int(self.rows.sum()) * each)
         if self.k_active == self.full_budget and self.cap is None:
             return None
-        return self._step(torch.full((tokens,), self.k_active, device=device))
+        return self._step(torch.full((tokens,), self.k_active, device=device), tokens * self.k_active)
 
-    def _step(self, budgets: Tensor) -> StepBudgets:
+    def _step(self, budgets: Tensor, pairs: int) -> StepBudgets:
         if self.k_min is None:
-            return StepBudgets(budgets)
+            return StepBudgets(budgets, pairs=pairs)
         return StepBudgets(budgets, budgets.clamp(max=self.k_min), self.cap)
 
 

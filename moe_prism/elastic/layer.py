@@ -93,7 +93,7 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         else:
             pooled = pooled_scores(scores.values, top_k_weights, weighted, valid)
             chosen = choose(pooled, top_k_weights, index, step, experts * n)
-            selection = gather_selection(chosen, index, top_k_weights)
+            selection = gather_selection(chosen, index, top_k_weights, step.pairs if valid is None else None)
         out = executor.run(module, hidden_states, selection, n, scores.activations)
     bias = down_bias(module)
     if bias is not None:  # an expert's output bias is kept whatever its sub-experts do: it costs nothing

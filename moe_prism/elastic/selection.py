@@ -73,16 +73,21 @@ def best(pooled: Tensor, first: Tensor, budgets: Tensor) -> Tensor:
     return ((rank < budgets[:, None]) & possible).view_as(pooled)
 
 
-def gather_selection(chosen: Tensor, index: Tensor, weights: Tensor) -> Selection:
+def gather_selection(chosen: Tensor, index: Tensor, weights: Tensor, pairs: int | None = None) -> Selection:
     """Sort the chosen pairs by sub-expert.
 
     Args:
         chosen: bool ``[T, k, N]``.
         index: int64 ``[T, k]`` routed experts.
         weights: ``[T, k]``.
+        pairs: how many are chosen, where the host knows it: then it need not wait for a device to count.
     """
-    n = chosen.shape[2]
-    token, slot, part = chosen.nonzero(as_tuple=True)
+    k, n = chosen.shape[1:]
+    if pairs is None:
+        token, slot, part = chosen.nonzero(as_tuple=True)
+    else:
+        found = torch.argsort(chosen.flatten(), descending=True, stable=True)[:pairs]
+        token, slot, part = found // (k * n), found // n % k, found % n
     sub_expert = index[token, slot] * n + part
     order = torch.argsort(sub_expert, stable=True)
     token, slot = token[order], slot[order]

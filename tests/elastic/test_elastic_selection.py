@@ -111,3 +111,14 @@ def test_the_compiled_selection_is_the_same_pair_for_pair(problem) -> None:
     expected = gather_selection(choose(scores, weights, budgets, weighted), index, weights)
     for found, wanted in zip(select(scores, weights, index, budgets, weighted), expected, strict=True):
         assert torch.equal(found, wanted)
+
+
+@given(problems())
+@settings(max_examples=100, deadline=None)
+def test_a_known_number_of_pairs_changes_nothing(problem) -> None:
+    scores, weights, budgets, weighted = problem
+    chosen = choose(scores, weights, budgets, weighted)
+    index = torch.arange(scores.shape[1]).flip(0).expand(len(scores), -1)
+    counted = gather_selection(chosen, index, weights)
+    for found, wanted in zip(gather_selection(chosen, index, weights, int(budgets.sum())), counted, strict=True):
+        assert torch.equal(found, wanted)

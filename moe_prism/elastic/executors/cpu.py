@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...experts.packing import PackedRows, packed_rows
 from ..kernels import add_rows, gated_experts, multiply_rows
 from ..selection import Selection
-from .base import EXECUTORS, Executor
+from .base import EXECUTORS, Executor, is_plain
 from .bias import add_gate_up_bias
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -104,21 +104,6 @@ class CpuExecutor(Executor):
         first = groups.expert * rows.down.shape[1] + groups.part * size
         add_rows(as_rows(rows.down), hidden.numpy(), groups.token, groups.starts, first, size, out.numpy())
         return out.to(x.dtype)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether the layer is ``silu(gate) * up`` without biases, in the usual layout; found out once."""
-    key = (type(module), type(getattr(module, "act_fn", None)), bool(module.has_bias))
-    if key not in _PLAIN:
-        probe = torch.linspace(-9, 9, 8).view(1, 8)
-        gate, up = probe.chunk(2, dim=1)
-        applied: Tensor = module._apply_gate(probe)  # type: ignore[operator]
-        usual = applied.shape == gate.shape and torch.allclose(applied, torch.nn.functional.silu(gate) * up)
-        _PLAIN[key] = bool(module.is_concatenated) and not module.has_bias and usual
-    return _PLAIN[key]
-
-
-_PLAIN: dict[tuple[type, type, bool], bool] = {}
 
 
 def _run_plain(rows: PackedRows, x: Tensor, selection: Selection, n: int, computed: Tensor | None) -> Tensor:

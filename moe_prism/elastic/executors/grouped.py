@@ -38,14 +38,14 @@ class GroupedExecutor(Executor):
         assert rows is not None  # refusal was asked
         experts, neurons, hidden = rows.down.shape
         blocks, size = experts * n, neurons // n
-        ends = torch.bincount(selection.sub_expert, minlength=blocks).cumsum(0).to(torch.int32)
+        ends = _ends(selection.sub_expert, blocks)
         tokens = x[selection.token]
         if module.is_concatenated:
             # gate blocks 0..n-1 of an expert, then its up blocks: every pair visits both
             block = selection.sub_expert // n * 2 * n + selection.sub_expert % n
             both = torch.cat([block, block + n])
             order = torch.argsort(both, stable=True)
-            ends_both = torch.bincount(both, minlength=2 * blocks).cumsum(0).to(torch.int32)
+            ends_both = _ends(both[order], 2 * blocks)
             weight = rows.gate_up.view(2 * blocks, size, hidden).transpose(1, 2)
             sorted_out = torch.nn.functional.grouped_mm(tokens.repeat(2, 1)[order], weight, offs=ends_both)
             projected = torch.empty_like(sorted_out).index_copy_(0, order, sorted_out)
@@ -58,6 +58,11 @@ class GroupedExecutor(Executor):
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         out.index_add_(0, selection.token, product.float() * selection.weight[:, None].float())
         return out.to(x.dtype)
+
+
+def _ends(values: Tensor, count: int) -> Tensor:
+    """Where each of ``0 .. count - 1`` ends in sorted values: int32 ``[count]``; no host waits for it."""
+    return torch.searchsorted(values, torch.arange(count, device=values.device), right=True, out_int32=True)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from ...errors import PrismError
 from ...experts.packing import packed_rows
 from ..kernels import add_some_rows, multiply_rows, multiply_some_rows
 from ..selection import Selection
-from .cpu import CpuExecutor, Groups, as_rows, is_plain
+from .base import is_plain
+from .cpu import CpuExecutor, Groups, as_rows
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from ...experts.packing import packed_rows
 from ..selection import Selection
-from .base import EXECUTORS, Executor
+from .base import EXECUTORS, Executor, is_plain
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_SILU = (nn.SiLU, type(ACT2FN["silu"]))
-_PLAIN_GATE = "transformers.integrations.moe"  # where act(gate) * up is defined; families with another override it
 _PAIRS_ADDED_AT_ONCE = 16
 
 
@@ -88,7 +85,7 @@ class TritonExecutor(Executor):
             return "it has no gradients; run under torch.no_grad()"
         if module.has_bias or not module.is_concatenated or module.is_transposed:
             return "it knows experts without biases whose gate and up weights are two halves of [E, 2C, H]"
-        if module._apply_gate.__module__ != _PLAIN_GATE or not isinstance(module.act_fn, _SILU):
+        if not is_plain(module):
             return "it knows the activation SiLU(gate) * up only"
         rows = packed_rows(module)
         if rows is None:
