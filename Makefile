@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint types format check hooks reference bench-solvers bench-memory bench-frontier bench-kernels bench-batch bench-decode clean distclean
+.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier bench-kernels bench-batch bench-decode clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -56,6 +56,17 @@ demo: $(VENV)/.base ## refactor the bundled model, measure it, write checkpoint 
 
 test: $(VENV)/.dev ## run the tests; ARGS='-k solver' narrows them
 	$(BIN)/python -m pytest -q $(ARGS)
+
+# Triton stays out of .venv: with it, other libraries there would take other paths.
+$(VENV)/.triton: $(VENV)/.dev
+	@echo "installing Triton into $(VENV)/triton"
+	@$(BIN)/python -m venv $(VENV)/triton
+	@$(VENV)/triton/bin/python -m pip install -qq --no-deps -c constraints.txt triton
+	@touch $@
+
+test-triton: $(VENV)/.triton ## run the GPU kernels' tests in Triton's interpreter, on the CPU
+	TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR):$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+	  $(VENV)/triton/bin/python -m pytest -q tests/elastic/test_elastic_triton.py $(ARGS)
 
 lint: $(VENV)/.dev ## check style and formatting
 	$(BIN)/ruff check

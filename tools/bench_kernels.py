@@ -6,8 +6,9 @@
 One layer of OLMoE-1B-7B's shape (64 experts of 1,024 neurons, hidden 2,048, top-8, N = 4) with random bfloat16
 weights, 0.8 GB, far more than any cache. Every step routes its tokens anew at random. What is timed is the
 experts' forward: the static gate, selection and executor for ours, transformers' grouped_mm for the original, in
-bfloat16 and, since many CPUs have no bfloat16 product, in fp32 as well. Cases take turns inside one process;
-figures are medians with quartiles. The bandwidth is the best of two plain reading loops over the same weights with
+bfloat16 and, since many CPUs have no bfloat16 product, in fp32 as well. Cases take turns inside one process; in a turn
+a case runs a few steps that follow each other, as the layers of a model do, after one that is not counted. Figures are
+medians with quartiles. The bandwidth is the better of two plain reading loops over the same weights, in every round, with
 the same number of threads. Knows nothing of quality.
 """
 
@@ -138,7 +139,7 @@ class Bench:
         found["transformers grouped_mm fp32", FULL] = lambda *step: grouped_mm_experts_forward(self.stock32, *step)
         return found
 
-    def bytes_read(self, index: torch.Tensor, k_active: int) -> int | None:
+    def bytes_read(self, index: torch.Tensor, k_active: int) -> int:
         """Weights that a step of the cpu executor reads, in bytes; counted from its own selection."""
         seen: list[int] = []
         run = type(EXECUTORS.create("cpu")).run
@@ -187,15 +188,16 @@ def measure(bench: Bench, tokens: int, rounds: int, steps: int) -> list[dict[str
     for turn in range(rounds + 1):
         for (name, k_active), forward in bench.cases().items():
             slow = name.startswith(("transformers", "grouped", "reference"))
-            for _ in range(1 if slow and tokens > 1 else steps):
-                x, index, weights = bench.step(tokens, torch.float32 if name.endswith("fp32") else torch.bfloat16)
+            dtype = torch.float32 if name.endswith("fp32") else torch.bfloat16
+            inputs = [bench.step(tokens, dtype) for _ in range(1 + (1 if slow and tokens > 1 else steps))]
+            for number, step in enumerate(inputs):
                 begin = time.perf_counter()
-                forward(x, index, weights)
+                forward(*step)
                 took = time.perf_counter() - begin
-                if turn:  # the first turn warms up
+                if turn and number:  # the first turn compiles; the first call comes from another case
                     times.setdefault((name, k_active), []).append(took)
-                    if name == "cpu":
-                        read[k_active].append(bench.bytes_read(index, k_active) or 0)
+            if name == "cpu":
+                read[k_active] += [bench.bytes_read(index, k_active) for _, index, _ in inputs[1:]]
     baseline = {key: quartiles(values)["ms"] for key, values in times.items()}
     rows = []
     for (name, k_active), values in times.items():
@@ -215,7 +217,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=3, help="of a case in a round")
+    parser.add_argument("--steps", type=int, default=6, help="of a case in a round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("build/bench/kernels.json"))
     args = parser.parse_args()

@@ -140,8 +140,8 @@ def test_steps_follow_the_prompt_and_warmup_is_not_counted() -> None:
 
 
 def test_summary_and_ratios() -> None:
-    def result(engine: str, tokens: int, k_active: int, ms: list[float]) -> dict[str, Any]:
-        return {"engine": engine, "points": [{"tokens": tokens, "k_active": k_active, "ms": ms}]}
+    def result(engine: str, tokens: int, k_active: int, ms: list[float], policy: str = "passive") -> dict[str, Any]:
+        return {"engine": engine, "wait_policy": policy, "points": [{"tokens": tokens, "k_active": k_active, "ms": ms}]}
 
     rounds = [
         result("ours", 1, 9, [1, 2, 90]),
@@ -149,19 +149,27 @@ def test_summary_and_ratios() -> None:
         result("ours", 8, 9, [5]),
         result("ours", 1, 9, [4, 4, 4]),
         result("ours", 1, 9, [5, 6, 7]),
+        result("ours", 1, 9, [9, 9, 9], "default"),
+        result("peer", 1, 32, [6, 6, 6], "default"),
     ]
     runs = report.summarise(rounds)
     assert runs[0] == {
         "engine": "ours",
         "tokens": 1,
         "k_active": 9,
+        "wait_policy": "passive",
         "ms": 4,
         "ms_spread": [2, 6],
         "ms_rounds": [2, 4, 6],
     }
-    lines = report.table(runs, "ours").splitlines()
-    assert lines[2] == "| 1 | ours | 9 | 4.0 (2.0 to 6.0) | 2.00 |"
-    assert lines[-1] == "| 8 | ours | 9 | 5.0 (5.0 to 5.0) |  |"
+    assert len(runs) == 5
+    lines = report.table(report.best(runs), "ours").splitlines()
+    # Each at its better policy.
+    assert lines[2:] == [
+        "| 1 | ours | 9 | passive | 4.0 (2.0 to 6.0) | 1.50 |",
+        "| 1 | peer | 32 | default | 6.0 (6.0 to 6.0) | 1.00 |",
+        "| 8 | ours | 9 | passive | 5.0 (5.0 to 5.0) |  |",
+    ]
 
 
 def script(folder: Path, content: str) -> Path:
@@ -186,13 +194,14 @@ def test_peers_that_fail_or_compute_something_else_are_reported(
 ) -> None:
     python = script(tmp_path, "exit 1")
 
-    def timed(engine: bench_decode.Engine, args: Any, vocabulary: int) -> dict[str, Any]:
-        if engine.name == bench_decode.LLAMA:
+    def timed(engine: bench_decode.Engine, policy: str, number: int, args: Any, vocabulary: int) -> dict[str, Any]:
+        if engine.name == bench_decode.LLAMA or (engine.name, policy, number) == (bench_decode.VLLM, "passive", 1):
             raise bench_decode.Failed("signal 4")
         logits = np.array([1, 2, 3] if engine.name != bench_decode.VLLM else [3, 1, 2], np.float32)
         np.save(args.work / f"{engine.name}.logits.npy", logits)
         points = [{"tokens": 1, "k_active": 32, "ms": [1.0]}]
-        return {"engine": engine.name, "points": points, "versions": {}, "notes": {}, "machine": {"cores": 2}}
+        done = {"engine": engine.name, "wait_policy": policy, "points": points}
+        return done | {"versions": {}, "notes": {}, "machine": {"cores": 2}}
 
     monkeypatch.setattr(bench_decode, "time_engine", timed)
     monkeypatch.setattr(bench_decode, "prepare", lambda args: bench_decode.Model(tmp_path, tmp_path, 3))
@@ -206,11 +215,12 @@ def test_peers_that_fail_or_compute_something_else_are_reported(
         "moe-prism": 2,
         "vllm": 2,
     }
-    assert written["failed"] == {"llama.cpp": "signal 4"}
+    # llama.cpp always fails and is given up, vLLM goes on after one failure.
+    assert written["failed"] == {"llama.cpp": ["signal 4"] * 2, "vllm": ["signal 4"]}
     assert {entry["engine"]: entry["ok"] for entry in written["agreement"]} == {"moe-prism": True, "vllm": False}
     assert written["machine"] == {"cores": 2}
     printed = capsys.readouterr().out
-    assert "llama.cpp: FAILED, signal 4" in printed
+    assert "llama.cpp: FAILED 2 times, at last: signal 4" in printed
     assert "vllm: COMPUTES SOMETHING ELSE" in printed
     assert bench_decode.main(common) == 0
     assert json.loads(out.read_text())["left_out"] == ["llama.cpp", "vllm"]

@@ -30,38 +30,56 @@ def agreement(logits: NDArray[np.float32], reference: NDArray[np.float32]) -> Ag
 
 
 def summarise(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per engine and point, in the order they were first seen.
+    """One row per engine, wait policy and point, in the order they were first seen.
 
     Args:
-        rounds: {"engine", "points": [{"tokens", "k_active", "ms": [of every step]}]}, one per process.
+        rounds: {"engine", "wait_policy", "points": [{"tokens", "k_active", "ms": [of every step]}]}, one per process.
 
     Returns:
         ``ms``: median over rounds of each round's median step; ``ms_spread``: lowest and highest of those.
     """
-    medians: dict[tuple[str, int, int], list[float]] = {}
+    medians: dict[tuple[str, int, int, str], list[float]] = {}
     for result in rounds:
         for point in result["points"]:
-            key = (result["engine"], point["tokens"], point["k_active"])
+            key = (result["engine"], point["tokens"], point["k_active"], result["wait_policy"])
             medians.setdefault(key, []).append(median(point["ms"]))
     return [
         {
             "engine": engine,
             "tokens": tokens,
             "k_active": k_active,
+            "wait_policy": policy,
             "ms": median(ms),
             "ms_spread": [min(ms), max(ms)],
             "ms_rounds": ms,
         }
-        for (engine, tokens, k_active), ms in medians.items()
+        for (engine, tokens, k_active, policy), ms in medians.items()
     ]
 
 
+def best(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every engine and point the row of its faster wait policy: no engine may lose by a setting."""
+    fastest: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for run in runs:
+        key = (run["engine"], run["tokens"], run["k_active"])
+        if key not in fastest or run["ms"] < fastest[key]["ms"]:
+            fastest[key] = run
+    return list(fastest.values())
+
+
 def table(runs: list[dict[str, Any]], ours: str) -> str:
-    """Markdown: time of every point, and how many times faster it is than each other engine's at as many tokens."""
+    """Markdown, of one row per point: its time, and how many times faster it is than each peer at as many tokens."""
     peers = list(dict.fromkeys(run["engine"] for run in runs if run["engine"] != ours))
     times = {(run["engine"], run["tokens"]): run["ms"] for run in runs if run["engine"] != ours}
-    heads = ["tokens", "engine", "k_active", "ms per step (rounds)", *(f"speed / {peer}" for peer in peers)]
-    lines = ["| " + " | ".join(heads) + " |", "|---:|---|---:|---:|" + "---:|" * len(peers)]
+    heads = [
+        "tokens",
+        "engine",
+        "k_active",
+        "wait policy",
+        "ms per step (rounds)",
+        *(f"speed / {peer}" for peer in peers),
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|---:|---|---:|---|---:|" + "---:|" * len(peers)]
     for run in sorted(runs, key=lambda run: run["tokens"]):
         low, high = run["ms_spread"]
         ratios = [
@@ -71,6 +89,7 @@ def table(runs: list[dict[str, Any]], ours: str) -> str:
             str(run["tokens"]),
             run["engine"],
             str(run["k_active"]),
+            run["wait_policy"],
             f"{run['ms']:.1f} ({low:.1f} to {high:.1f})",
             *ratios,
         ]
