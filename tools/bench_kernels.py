@@ -8,8 +8,8 @@ weights, 0.8 GB, far more than any cache. Every step routes its tokens anew at r
 experts' forward: the static gate, selection and executor for ours, transformers' grouped_mm for the original, in
 bfloat16 and, since many CPUs have no bfloat16 product, in fp32 as well. Cases take turns inside one process; in a turn
 a case runs a few steps that follow each other, as the layers of a model do, after one that is not counted. Figures are
-medians with quartiles. The bandwidth is the better of two plain reading loops over the same weights, in every round, with
-the same number of threads. Knows nothing of quality.
+medians with quartiles. The bandwidth is that of the better of two plain reading loops over the same weights with the
+same number of threads, in every round, since a shared machine changes from minute to minute. Knows nothing of quality.
 """
 
 from __future__ import annotations
@@ -164,51 +164,59 @@ def quartiles(values: list[float]) -> dict[str, Any]:
     return {"ms": round(float(mid), 3), "ms_spread": [round(float(low), 3), round(float(high), 3)]}
 
 
-def bandwidth(bench: Bench, threads: int, rounds: int) -> list[float]:
-    """GB/s of the better reading loop, per round."""
+def bandwidth(bench: Bench, threads: int) -> float:
+    """GB/s of the better of the two reading loops, each run twice."""
     rows = packed_rows(bench.ours)
     assert rows is not None
     words = as_rows(rows.gate_up).view(np.float32)
     numba.set_num_threads(threads)
-    best = []
-    for _ in range(rounds + 1):
-        took = []
-        for loop in (lambda: read_in_turn(words.reshape(-1), threads), lambda: read_four_rows(words, threads)):
-            begin = time.perf_counter()
-            loop()
-            took.append(time.perf_counter() - begin)
-        best.append(words.nbytes / min(took) / 1e9)
-    return best[1:]  # the first compiles
+    took = []
+    for loop in 2 * (lambda: read_in_turn(words.reshape(-1), threads), lambda: read_four_rows(words, threads)):
+        begin = time.perf_counter()
+        loop()
+        took.append(time.perf_counter() - begin)
+    return words.nbytes / min(took) / 1e9
 
 
-def measure(bench: Bench, tokens: int, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """All cases at one number of tokens, in turn."""
-    times: dict[tuple[str, int], list[float]] = {}
-    read: dict[int, list[int]] = {k: [] for k in BUDGETS}
-    for turn in range(rounds + 1):
+class Samples:
+    """What was timed at one number of threads and tokens: seconds, and shares of the round's own bandwidth."""
+
+    def __init__(self) -> None:
+        self.times: dict[tuple[str, int], list[float]] = {}
+        self.shares: dict[int, list[float]] = {k: [] for k in BUDGETS}
+        self.bytes: dict[int, list[int]] = {k: [] for k in BUDGETS}
+
+    def round(self, bench: Bench, tokens: int, steps: int, gbs: float) -> None:
+        """All cases in turn."""
         for (name, k_active), forward in bench.cases().items():
             slow = name.startswith(("transformers", "grouped", "reference"))
             dtype = torch.float32 if name.endswith("fp32") else torch.bfloat16
             inputs = [bench.step(tokens, dtype) for _ in range(1 + (1 if slow and tokens > 1 else steps))]
-            for number, step in enumerate(inputs):
+            times = []
+            for step in inputs:
                 begin = time.perf_counter()
                 forward(*step)
-                took = time.perf_counter() - begin
-                if turn and number:  # the first turn compiles; the first call comes from another case
-                    times.setdefault((name, k_active), []).append(took)
+                times.append(time.perf_counter() - begin)
+            self.times.setdefault((name, k_active), []).extend(times[1:])  # the first call comes from another case
             if name == "cpu":
-                read[k_active] += [bench.bytes_read(index, k_active) for _, index, _ in inputs[1:]]
-    baseline = {key: quartiles(values)["ms"] for key, values in times.items()}
-    rows = []
-    for (name, k_active), values in times.items():
-        row = {"tokens": tokens, "k_active": k_active, "executor": name, **quartiles(values)}
-        row["vs_grouped_mm"] = round(baseline["transformers grouped_mm", FULL] / row["ms"], 2)
-        row["vs_grouped_mm_fp32"] = round(baseline["transformers grouped_mm fp32", FULL] / row["ms"], 2)
-        row["vs_full"] = round(row["ms"] / baseline["cpu", FULL], 3)
-        if name == "cpu":
-            row["bytes"] = int(np.mean(read[k_active]))
-        rows.append(row)
-    return rows
+                for (_, index, _), took in zip(inputs[1:], times[1:], strict=True):
+                    self.bytes[k_active].append(bench.bytes_read(index, k_active))
+                    self.shares[k_active].append(self.bytes[k_active][-1] / took / 1e9 / gbs)
+
+    def rows(self, tokens: int) -> list[dict[str, Any]]:
+        """One row a case."""
+        ms = {key: quartiles(values)["ms"] for key, values in self.times.items()}
+        found = []
+        for (name, k_active), values in self.times.items():
+            row = {"tokens": tokens, "k_active": k_active, "executor": name, **quartiles(values)}
+            row["vs_grouped_mm"] = round(ms["transformers grouped_mm", FULL] / row["ms"], 2)
+            row["vs_grouped_mm_fp32"] = round(ms["transformers grouped_mm fp32", FULL] / row["ms"], 2)
+            row["vs_full"] = round(row["ms"] / ms["cpu", FULL], 3)
+            if name == "cpu":
+                row["bytes"] = int(np.mean(self.bytes[k_active]))
+                row["bandwidth_share"] = round(float(np.median(self.shares[k_active])), 3)
+            found.append(row)
+        return found
 
 
 def main() -> None:
@@ -223,23 +231,25 @@ def main() -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.seed)
+    reading: dict[int, list[float]] = {threads: [] for threads in args.threads}
+    samples = {(threads, tokens): Samples() for threads in args.threads for tokens in args.tokens}
+    with torch.inference_mode():
+        for turn in range(args.rounds + 1):
+            for threads in args.threads:
+                torch.set_num_threads(threads)
+                for tokens in args.tokens:
+                    gbs = bandwidth(bench, threads)
+                    sample = samples[threads, tokens] if turn else Samples()  # the first turn compiles
+                    sample.round(bench, tokens, args.steps, gbs)
+                    if turn:
+                        reading[threads].append(gbs)
+            print(f"round {turn} of {args.rounds}", file=sys.stderr, flush=True)
     results = []
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        reading = bandwidth(bench, threads, args.rounds)
-        layer = []
-        with torch.inference_mode():
-            for tokens in args.tokens:
-                layer += measure(bench, tokens, args.rounds, args.steps)
-        reading += bandwidth(bench, threads, args.rounds)  # before and after: the machine may have changed
-        gbs = float(np.median(reading))
-        for row in layer:
-            if "bytes" in row:
-                row["bandwidth_share"] = round(row["bytes"] / row["ms"] / 1e6 / gbs, 3)
-            print({"threads": threads, **row}, flush=True)
-        spread = [round(float(v), 1) for v in np.percentile(reading, (25, 75))]
-        results.append({"threads": threads, "bandwidth_gbs": round(gbs, 1), "bandwidth_spread": spread, "layer": layer})
-        print(f"{threads} thread(s): {gbs:.1f} GB/s", flush=True)
+    for threads, values in reading.items():
+        low, mid, high = (round(float(v), 1) for v in np.percentile(values, (25, 50, 75)))
+        layer = [row for tokens in args.tokens for row in samples[threads, tokens].rows(tokens)]
+        results.append({"threads": threads, "bandwidth_gbs": mid, "bandwidth_spread": [low, high], "layer": layer})
+        print(f"{threads} thread(s): {mid} GB/s", *layer, sep="\n", flush=True)
     tiny = AutoConfig.for_model("olmoe", vocab_size=8, hidden_size=32, num_attention_heads=1, num_hidden_layers=1)
     described = machine(AutoModelForCausalLM.from_config(tiny))
     record = {
