@@ -202,8 +202,13 @@ def test_an_exported_model_can_be_trained_on_without_its_working_directory(train
     log = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
     first = [json.loads(line) for line in (trained.out / "training_log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 60
-    assert log[0]["step"] > 40  # it goes on where the export stopped
-    assert log[0]["loss"] < first[0]["loss"] - 1
+    assert log[: len(first)] == first  # one log of both runs
+    after = log[len(first) :]
+    assert after[0]["step"] > 40  # it goes on where the export stopped
+    assert after[0]["loss"] < first[0]["loss"] - 1
+    commands = [line for line in (out / "README.md").read_text().splitlines() if line.startswith("python tools/")]
+    assert len(commands) == 2
+    assert "MODEL-OF-THE-LINE-ABOVE" in commands[1]
     with pytest.raises(SystemExit, match="settings mean"):
         main(
             [
