@@ -228,7 +228,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Prepare, run all rounds, write the result after each; 1 if an engine failed or computes something else."""
     args = parse(argv)
-    command = shlex.join(["python", "tools/bench_decode.py", *(sys.argv[1:] if argv is None else argv)])
+    words = [_without_folders(word) for word in (sys.argv[1:] if argv is None else argv)]
+    command = shlex.join(["python", "tools/bench_decode.py", *words])
     args.work = args.work.resolve()
     for folder in (args.work, args.out.parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -270,6 +271,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{entry['engine']}: COMPUTES SOMETHING ELSE, cosine {entry['cosine']:.4f}; its time means nothing")
     print(f"load before each round: {', '.join(f'{load:.1f}' for load in state['load'])} (idle: below 0.5)")
     return 1 if wrong or state["failed"] else 0
+
+
+def _without_folders(word: str) -> str:
+    """An interpreter's path as ENV/bin/python: where its environment lies is the machine's own business."""
+    path = Path(word)
+    return "/".join(path.parts[-3:]) if path.is_absolute() and path.parent.name == "bin" else word
 
 
 def _log(args: argparse.Namespace, name: str) -> Path:

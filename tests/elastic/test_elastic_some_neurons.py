@@ -54,6 +54,19 @@ def test_all_neurons_are_the_whole_sub_experts() -> None:
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("how", [{"count": 2}, {"threshold": 0.1}])
+def test_a_nan_is_not_skipped(how: dict) -> None:
+    module = layer_of("olmoe")
+    x = torch.randn(2, 32)
+    x[0, 3] = torch.nan
+    selection = random_selection(2, 2, 4, int(module.num_experts), "random", 0)
+    rule = NeuronRule(torch.ones(int(module.num_experts), int(module.down_proj.shape[2])), **how)
+    with torch.no_grad():
+        found = run_some_neurons(module, x, selection, 4, rule)
+    assert found[0].isnan().all()
+    assert not found[1].isnan().any()
+
+
 def test_what_it_refuses() -> None:
     module = layer_of("olmoe")
     x = torch.randn(1, 32)
@@ -62,5 +75,7 @@ def test_what_it_refuses() -> None:
     for rule in (NeuronRule(scale), NeuronRule(scale, 3, 0.5)):
         with pytest.raises(PrismError, match="count or threshold"):
             run_some_neurons(module, x, selection, 4, rule)
+    with pytest.raises(PrismError, match="1 or more, got 0"):
+        run_some_neurons(module, x, selection, 4, NeuronRule(scale, 0))
     with pytest.raises(PrismError, match="not silu"):
         run_some_neurons(layer_of("gpt_oss"), x, selection, 4, NeuronRule(scale, 3))

@@ -129,9 +129,7 @@ def _run_plain(rows: PackedRows, x: Tensor, selection: Selection, n: int, comput
     return out.to(x.dtype)
 
 
-def project(
-    module: nn.Module, rows: PackedRows, x: Tensor, groups: Groups, n: int, skipped: int = 0, wanted: int | None = None
-) -> Tensor:
+def project(module: nn.Module, rows: PackedRows, x: Tensor, groups: Groups, n: int, skipped: int) -> Tensor:
     """Gate and up projections of grouped pairs, laid out for ``_apply_gate``.
 
     Args:
@@ -141,14 +139,13 @@ def project(
         groups: what to run.
         n: sub-experts of one expert.
         skipped: leading neurons of every sub-expert to leave out.
-        wanted: neurons after those; all by default.
 
     Returns:
         fp32 ``[S, 2c]``.
     """
     neurons = rows.down.shape[1]
     size = neurons // n
-    count = size - skipped if wanted is None else wanted
+    count = size - skipped
     begin = groups.part * size + skipped
     tokens = x.float().contiguous().numpy()
     out = torch.empty(len(groups.token), 2 * count)

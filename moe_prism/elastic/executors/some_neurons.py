@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ...errors import PrismError
 from ...experts.packing import packed_rows
-from ..kernels import add_some_rows, multiply_rows, multiply_some_rows
+from ..kernels import gated_neurons
 from ..selection import Selection
 from .base import is_plain
-from .cpu import CpuExecutor, Groups, as_rows
+from .cpu import DTYPES, CpuExecutor, as_rows
 
 
 @dataclass(frozen=True)
@@ -61,44 +61,26 @@ def run_some_neurons(module: nn.Module, x: Tensor, selection: Selection, n: int,
     """
     if (rule.count is None) == (rule.threshold is None):
         raise PrismError(f"give count or threshold, got count={rule.count}, threshold={rule.threshold}")
+    if rule.count is not None and rule.count < 1:
+        raise PrismError(f"count must be 1 or more, got {rule.count}")
     reason = refusal(module, x)
     rows = packed_rows(module)
     if reason is not None or rows is None:
         raise PrismError(f"neurons of this layer cannot be skipped: {reason}")
     neurons = rows.down.shape[1]
-    size = neurons // n
-    groups = Groups.of(selection, n)
-    tokens = x.float().contiguous().numpy()
-    gate_up = as_rows(rows.gate_up)
-    gate = torch.empty(len(selection.token), size)
-    first = groups.expert * 2 * neurons + groups.part * size
-    multiply_rows(gate_up, tokens, groups.token, groups.starts, first, 1, 0, size, gate.numpy())
-    active = torch.nn.functional.silu(gate) * selection.weight[:, None].float()
-    scale = rule.scale.view(-1, size)[selection.sub_expert]
-    pair, inside = _kept(active.abs() * scale, selection.token, rule)
-    token = selection.token[pair]
-    sub_expert = selection.sub_expert[pair]
-    down_row = sub_expert * size + inside
-    up_row = down_row + (sub_expert // n + 1) * neurons  # every expert before has C rows of gate and C of up
-    up = torch.empty(len(pair))
-    multiply_some_rows(gate_up, tokens, up_row.numpy(), token.numpy(), up.numpy())
-    hidden = up * active[pair, inside]
     out = torch.zeros(x.shape, dtype=torch.float32)
-    add_some_rows(as_rows(rows.down), hidden.numpy(), down_row.numpy(), token.numpy(), out.numpy())
+    gated_neurons(
+        as_rows(rows.gate_up),
+        as_rows(rows.down),
+        as_rows(x.contiguous()) if x.dtype in DTYPES else x.float().numpy(),
+        selection.token.numpy(),
+        selection.sub_expert.numpy(),
+        selection.weight.float().numpy(),
+        rule.scale.view(-1, neurons // n).numpy(),
+        rule.count or 0,
+        0.0 if rule.threshold is None else rule.threshold,
+        neurons,
+        n,
+        out.numpy(),
+    )
     return out.to(x.dtype)
-
-
-def _kept(score: Tensor, token: Tensor, rule: NeuronRule) -> tuple[Tensor, Tensor]:
-    """(pair, neuron inside its sub-expert) of the kept neurons, those of a token together, in row order."""
-    if rule.threshold is not None:
-        keep = score > rule.threshold
-    else:
-        keep = torch.zeros_like(score, dtype=torch.bool)
-        for one in token.unique().tolist():  # few tokens: see the module's purpose
-            pairs = (token == one).nonzero().squeeze(1)
-            flat = score[pairs].flatten()
-            best = flat.topk(min(rule.count or 0, len(flat)), sorted=False).indices
-            keep[pairs[best // score.shape[1]], best % score.shape[1]] = True
-    pair, inside = keep.nonzero(as_tuple=True)
-    order = torch.argsort(token[pair], stable=True)
-    return pair[order], inside[order]

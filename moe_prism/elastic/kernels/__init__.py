@@ -4,7 +4,8 @@ They know arrays only: no experts, no gates, no torch modules.
 """
 
 from .gated import gated_experts
-from .products import multiply_rows, multiply_some_rows
-from .sums import add_rows, add_some_rows
+from .neurons import gated_neurons
+from .products import multiply_rows
+from .sums import add_rows
 
-__all__ = ["add_rows", "add_some_rows", "gated_experts", "multiply_rows", "multiply_some_rows"]
+__all__ = ["add_rows", "gated_experts", "gated_neurons", "multiply_rows"]

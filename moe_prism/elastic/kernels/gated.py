@@ -34,12 +34,27 @@ def _activate(gate_up: Array, weight: Array, known: Array, begin: int, end: int,
 
 
 @serial
-def _widened(x: Array) -> Array:
+def widened(x: Array) -> Array:
+    """Tokens as fp32."""
     out = np.empty(x.shape, np.float32)
     for t in range(x.shape[0]):
         for h in range(x.shape[1]):
             out[t, h] = widen(x[t, h])
     return out
+
+
+@serial
+def run_starts(sub_expert: Array) -> Array:
+    """Where runs of equal values begin, and their end: int64 ``[G + 1]``."""
+    pairs = sub_expert.shape[0]
+    starts = np.empty(pairs + 1, np.int64)
+    groups = 0
+    for s in range(pairs):
+        if s == 0 or sub_expert[s] != sub_expert[s - 1]:
+            starts[groups] = s
+            groups += 1
+    starts[groups] = pairs
+    return starts[: groups + 1]
 
 
 def _gated_experts(
@@ -56,15 +71,8 @@ def _gated_experts(
     out: Array,
 ) -> None:
     pairs, size, r = token.shape[0], neurons // n, known.shape[1]
-    tokens = _widened(x)
-    starts = np.empty(pairs + 1, np.int64)
-    groups = 0
-    for s in range(pairs):
-        if s == 0 or sub_expert[s] != sub_expert[s - 1]:
-            starts[groups] = s
-            groups += 1
-    starts[groups] = pairs
-    starts = starts[: groups + 1]
+    tokens = widened(x)
+    starts = run_starts(sub_expert)
     hidden = np.empty((pairs, 2 * size), np.float32)
     runs = (size + RUN - 1) // RUN
     both = share_tasks(starts, runs, 2, threads)

@@ -95,20 +95,6 @@ def _multiply_rows(
             )
 
 
-def _multiply_some_rows(threads: int, rows: Array, x: Array, row: Array, token: Array, out: Array) -> None:
-    for thread in numba.prange(threads):
-        i, stop = thread * row.shape[0] // threads, (thread + 1) * row.shape[0] // threads
-        while i < stop:
-            if i + 4 <= stop and token[i] == token[i + 3]:
-                out[i], out[i + 1], out[i + 2], out[i + 3] = dot_4_rows(
-                    rows, row[i], row[i + 1], row[i + 2], row[i + 3], x[token[i]]
-                )
-                i += 4
-            else:
-                out[i] = dot(rows[row[i]], x[token[i]])
-                i += 1
-
-
 multiply_rows = Kernel(serial(_multiply_rows), parallel(_multiply_rows))
 """Groups of consecutive rows times the tokens of each group.
 
@@ -116,10 +102,4 @@ Called with: rows ``[R, H]`` (uint16 bits of bfloat16, or fp32); x fp32 ``[T, H]
 group; starts int64 ``[G + 1]``, where each group begins in ``token``; first int64 ``[G]``, each group's first row;
 parts, stride, count: a group is ``parts`` runs of ``count`` rows, ``stride`` rows apart; out fp32
 ``[S, parts * count]``.
-"""
-
-multiply_some_rows = Kernel(serial(_multiply_some_rows), parallel(_multiply_some_rows))
-"""Single rows times one token each.
-
-Called with: rows ``[R, H]``; x fp32 ``[T, H]``; row int64 ``[P]``; token int64 ``[P]``; out fp32 ``[P]``.
 """

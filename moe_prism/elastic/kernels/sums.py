@@ -85,37 +85,10 @@ def _add_rows(
         out += sums[thread]
 
 
-def _add_some_rows(threads: int, rows: Array, weight: Array, row: Array, token: Array, out: Array) -> None:
-    sums = np.zeros((threads, out.shape[0], rows.shape[1]), np.float32)
-    for thread in numba.prange(threads):
-        i, stop = thread * row.shape[0] // threads, (thread + 1) * row.shape[0] // threads
-        while i < stop:
-            y = sums[thread, token[i]]
-            if i + 8 <= stop and token[i] == token[i + 7]:
-                add_8_rows(
-                    y, weight[i : i + 8],
-                    rows[row[i]], rows[row[i + 1]], rows[row[i + 2]], rows[row[i + 3]],
-                    rows[row[i + 4]], rows[row[i + 5]], rows[row[i + 6]], rows[row[i + 7]],
-                )  # fmt: skip
-                i += 8
-            else:
-                add_row(y, weight[i], rows[row[i]])
-                i += 1
-    for thread in range(threads):
-        out += sums[thread]
-
-
 add_rows = Kernel(serial(_add_rows), parallel(_add_rows))
 """Groups of consecutive rows, weighted per token, added to the tokens of each group.
 
 Called with: rows ``[R, H]`` (uint16 bits of bfloat16, or fp32); weight fp32 ``[S, count]``; token int64 ``[S]``, sorted
 by group, no token twice in a group; starts int64 ``[G + 1]``; first int64 ``[G]``; count: rows of every group; out
-fp32 ``[T, H]``, added to.
-"""
-
-add_some_rows = Kernel(serial(_add_some_rows), parallel(_add_some_rows))
-"""Single weighted rows added to one token each.
-
-Called with: rows ``[R, H]``; weight fp32 ``[P]``; row int64 ``[P]``; token int64 ``[P]``, equal ones together; out
 fp32 ``[T, H]``, added to.
 """
