@@ -68,6 +68,14 @@ class ElasticConfig(_Frozen):
     layers: list[str] = Field(
         min_length=1, description='Module names of the refactored expert layers, e.g. "model.layers.0.mlp.experts".'
     )
+    scan: list[int] | None = Field(
+        default=None,
+        description="For every budget K = 1..full_budget, how many sub-experts' gate rows are read before neurons are "
+        "chosen inside them; K itself where all their neurons run. Null: no budget skips neurons.",
+    )
+    compensated: list[int] = Field(
+        default_factory=list, description="Ascending budgets that the layers' compensation vectors were fitted at."
+    )
     calibration: Calibration
     weights_dtype: str = Field(min_length=1, description='Storage type of the expert weights, e.g. "bfloat16".')
     created_with: dict[str, str] = Field(default_factory=dict, description="Package name -> version.")
@@ -87,7 +95,22 @@ class ElasticConfig(_Frozen):
             )
         if len(set(self.layers)) != len(self.layers):
             raise ValueError("layers names a layer twice")
+        self._check_plan()
         return self
+
+    def _check_plan(self) -> None:
+        if self.scan is not None:
+            if len(self.scan) != self.full_budget:
+                raise ValueError(
+                    f"scan has {len(self.scan)} numbers, needed is one for every budget: {self.full_budget}"
+                )
+            for k, scan in enumerate(self.scan, 1):
+                most = min(self.full_budget, 3 * k - 1)
+                if not k <= scan <= most:
+                    raise ValueError(f"scan of budget {k} must be from {k} to {most}, got {scan}")
+        fitted = self.compensated
+        if fitted != sorted(set(fitted)) or any(not 1 <= k < self.full_budget for k in fitted):
+            raise ValueError(f"compensated must ascend within 1..{self.full_budget - 1}, got {fitted}")
 
 
 class _Point(_Frozen):

@@ -13,6 +13,8 @@ STAGES = {
     "sample": "sampling calibration text",
     "capture": "running calibration text",
     "layers": "partitioning layers",
+    "spend": "choosing how budgets are spent",
+    "compensate": "fitting what budgets leave out",
 }
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..gates import LayerShape
 from .budgets import elastic_layers
+from .compensation import compensation_cost
 
 
 class CostShares(NamedTuple):
@@ -28,8 +29,15 @@ def cost_shares(model: nn.Module, k_active: int) -> CostShares:
     if k_active == state.dial.full_budget:
         return CostShares(1.0, 1.0)
     shape = LayerShape(layer.num_experts, layer.num_neurons, layer.hidden_size, layer.top_k, state.num_sub_experts)
-    neuron = 3 * layer.hidden_size
-    full = layer.top_k * layer.num_neurons * neuron
-    run = k_active * (layer.num_neurons // state.num_sub_experts) * neuron
-    cost = state.gate.cost(shape, k_active)
-    return CostShares((2 * run + cost.flops) / (2 * full), (run + cost.weights) / full)
+    size = layer.num_neurons // state.num_sub_experts
+    full = layer.top_k * layer.num_neurons * 3 * layer.hidden_size
+    run, scan = 3 * k_active * size * layer.hidden_size, k_active
+    plan = state.dial.plan
+    if plan is not None:  # a gate row of every neuron looked at, an up and a down row of those that run
+        scan = int(plan.scan[k_active])
+        run = (scan * size + 2 * int(plan.neurons[k_active])) * layer.hidden_size
+    costs = [state.gate.cost(shape, scan)]
+    if state.compensation is not None:
+        costs.append(compensation_cost(shape))
+    flops, weights = sum(cost.flops for cost in costs), sum(cost.weights for cost in costs)
+    return CostShares((2 * run + flops) / (2 * full), (run + weights) / full)

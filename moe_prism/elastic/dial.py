@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PrismError
+from .plan import Plan
 
 FULL = "full"
 # Largest rise of perplexity of the named operating points; the smallest measured budget within it is taken.
@@ -49,6 +50,7 @@ class Dial:
         cap: different sub-experts that a layer may touch in a step.
         executor: name of the executor, or "auto".
         points: named operating points -> budget, as far as any were measured.
+        plan: how budgets are spent on neurons; None: on whole sub-experts.
     """
 
     def __init__(self, full_budget: int) -> None:
@@ -59,6 +61,7 @@ class Dial:
         self.cap: int | None = None
         self.executor = "auto"
         self.points: dict[str, int] = {FULL: full_budget}
+        self.plan: Plan | None = None
         self._buffer = torch.empty(0, dtype=torch.int64)
         self._filled: int | None = None
         self._pairs = 0
@@ -139,6 +142,18 @@ class Dial:
         if self.k_active == self.full_budget and self.cap is None:
             return None
         return self._step(torch.full((tokens,), self.k_active, device=device), tokens * self.k_active)
+
+    def spend(self, step: StepBudgets) -> tuple[StepBudgets, Tensor | None]:
+        """Budgets of sub-experts to look at, and neurons every token runs, int64 ``[T]`` on the CPU; None for all."""
+        if self.plan is None:
+            return step, None
+        budgets = step.k_active.cpu()
+        if not bool(self.plan.skips[budgets].any()):
+            return step, None
+        scan = self.plan.scan[budgets]
+        floor = None if step.k_min is None else self.plan.scan[step.k_min.cpu()].to(step.k_active.device)
+        looked = StepBudgets(scan.to(step.k_active.device), floor, step.cap, int(scan.sum()))
+        return looked, self.plan.neurons[budgets]
 
     def _step(self, budgets: Tensor, pairs: int) -> StepBudgets:
         if self.k_min is None:

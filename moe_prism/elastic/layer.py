@@ -18,9 +18,10 @@ from ..errors import PrismError
 from ..experts.neurons import down_bias
 from ..gates import Gate
 from .batch_selection import choose
+from .compensation import Compensation
 from .cpu_selection import select
 from .dial import Dial
-from .executors import CpuExecutor, choose_executor
+from .executors import CpuExecutor, NeuronRule, choose_executor
 from .selection import gather_selection, pooled_scores, whole_experts
 
 
@@ -34,6 +35,8 @@ class ElasticLayer:
         gate: scores the sub-experts.
         tensors: the gate's, each ``[E, ...]``.
         num_sub_experts: N.
+        neuron_scale: fp32 ``[E, C]`` of ``NeuronRule``, where the plan skips neurons.
+        compensation: what is added to the output below full budget, if any.
     """
 
     name: str
@@ -41,6 +44,8 @@ class ElasticLayer:
     gate: Gate
     tensors: dict[str, Tensor]
     num_sub_experts: int
+    neuron_scale: Tensor | None = None
+    compensation: Compensation | None = None
     _placed: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def on(self, device: torch.device) -> dict[str, Tensor]:
@@ -73,7 +78,8 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
 
         state = attach_on_demand(module)
     step = state.dial.step(len(hidden_states), hidden_states.device)
-    executor = choose_executor(state.dial.executor, module, hidden_states, top_k_index.shape[1])
+    look, neurons = (step, None) if step is None else state.dial.spend(step)
+    executor = choose_executor(state.dial.executor, module, hidden_states, top_k_index.shape[1], neurons is not None)
     if step is None and not isinstance(executor, CpuExecutor):
         own: Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
         return own
@@ -83,18 +89,25 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     if module._is_expert_parallel:
         valid = top_k_index < experts
         index = top_k_index.clamp(max=experts - 1)
-    if step is None:
+    if step is None or look is None:
         out = executor.run(module, hidden_states, whole_experts(index, top_k_weights, valid), 1)
     else:
         scores = state.gate.score(module, state.on(hidden_states.device), hidden_states, index, n)
         weighted = state.gate.weighted
-        if step.k_min is None and valid is None and hidden_states.device.type == "cpu":
-            selection = select(scores.values.detach(), top_k_weights.detach(), index, step.k_active, weighted)
+        if look.k_min is None and valid is None and hidden_states.device.type == "cpu":
+            selection = select(scores.values.detach(), top_k_weights.detach(), index, look.k_active, weighted)
         else:
             pooled = pooled_scores(scores.values, top_k_weights, weighted, valid)
-            chosen = choose(pooled, top_k_weights, index, step, experts * n)
-            selection = gather_selection(chosen, index, top_k_weights, step.pairs if valid is None else None)
-        out = executor.run(module, hidden_states, selection, n, scores.activations)
+            chosen = choose(pooled, top_k_weights, index, look, experts * n)
+            selection = gather_selection(chosen, index, top_k_weights, look.pairs if valid is None else None)
+        if neurons is None:
+            out = executor.run(module, hidden_states, selection, n, scores.activations)
+        else:
+            assert state.neuron_scale is not None  # attached together with the plan
+            out = executor.run_some(module, hidden_states, selection, n, NeuronRule(state.neuron_scale, neurons))
+        if state.compensation is not None:
+            weights = top_k_weights if valid is None else top_k_weights.masked_fill(~valid, 0)
+            out = (out.float() + state.compensation.of(index, weights, step.k_active)).to(out.dtype)
     bias = down_bias(module)
     if bias is not None:  # an expert's output bias is kept whatever its sub-experts do: it costs nothing
         weights = top_k_weights if valid is None else top_k_weights.masked_fill(~valid, 0)

@@ -21,19 +21,24 @@ from ..checkpoint.read import open_checkpoint
 from ..checkpoint.schema import CONFIG_KEY, TENSORS_FILE, ElasticConfig, parse_elastic_config
 from ..errors import CheckpointError
 from ..experts import find_expert_layers
-from ..experts.packing import pack
+from ..experts.neurons import is_plain
+from ..experts.packing import pack, unpack
 from ..gates import GATES
 from .budgets import budget, set_budget
+from .compensation import Compensation
 from .dial import Dial, named_points
 from .executors import AUTO, EXECUTORS
 from .fingerprint import matches
 from .layer import ElasticLayer
 from .linear import use_fast_linear
+from .plan import Plan
 
 # What attach_on_demand read, by the id of a living config: an attribute would be saved with the config.
 _LOADED: dict[int, tuple[ElasticConfig, dict[str, Tensor], Dial]] = {}
 FINGERPRINT = "fingerprint"
 PERMUTATION = "permutation"
+NEURON_SCALE = "neuron_scale"
+COMPENSATION = "compensation"
 
 
 def attach(model: nn.Module, elastic: ElasticConfig, tensors: dict[str, Tensor]) -> Dial:
@@ -47,7 +52,7 @@ def attach(model: nn.Module, elastic: ElasticConfig, tensors: dict[str, Tensor])
     Raises:
         CheckpointError: a layer is missing, or its weights are not those the gate was made for.
     """
-    dial = Dial(elastic.full_budget)
+    dial = _dial(elastic)
     layers = {layer.name: layer for layer in find_expert_layers(model)}
     for name in elastic.layers:
         if name not in layers:
@@ -80,7 +85,7 @@ def attach_on_demand(module: nn.Module) -> ElasticLayer:
     if cached is None:
         elastic = parse_elastic_config(raw)
         file = cached_file(path, TENSORS_FILE)
-        cached = (elastic, load_file(str(file)), Dial(elastic.full_budget))
+        cached = (elastic, load_file(str(file)), _dial(elastic))
         _LOADED[id(config)] = cached
         weakref.finalize(config, _LOADED.pop, id(config), None)
     elastic, tensors, dial = cached
@@ -100,10 +105,34 @@ def _attach_one(
         if key.startswith(prefix) and key[len(prefix) :] not in (FINGERPRINT, PERMUTATION)
     }
     gate = GATES.create(elastic.gate, elastic.gate_options)
-    state = ElasticLayer(name, dial, gate, mine, elastic.num_sub_experts)
+    scale, vectors = mine.pop(NEURON_SCALE, None), mine.pop(COMPENSATION, None)
+    if elastic.scan is not None and (scale is None or not is_plain(module)):
+        raise CheckpointError(f"the checkpoint skips neurons, but {name} has no {NEURON_SCALE}, or cannot skip any")
+    if elastic.compensated and (vectors is None or len(vectors) != len(elastic.compensated)):
+        raise CheckpointError(f"{TENSORS_FILE} has no tensor {prefix}{COMPENSATION} for the compensated budgets")
+    state = ElasticLayer(name, dial, gate, mine, elastic.num_sub_experts, scale)
+    if vectors is not None:
+        state.compensation = Compensation(vectors, elastic.compensated, elastic.full_budget)
     pack(module)
     module.__dict__["_moe_prism"] = state
     return state
+
+
+def _dial(elastic: ElasticConfig) -> Dial:
+    dial = Dial(elastic.full_budget)
+    if elastic.scan is not None:
+        dial.plan = Plan(elastic.scan, elastic.num_neurons // elastic.num_sub_experts)
+    return dial
+
+
+def detach(model: PreTrainedModel, implementation: str) -> None:
+    """Undo ``attach``: a stock model again, with its weights in the stock layout and that experts implementation."""
+    for layer in find_expert_layers(model):
+        layer.module.__dict__.pop("_moe_prism", None)
+        unpack(layer.module)
+    for method in (set_budget, _generate):
+        model.__dict__.pop(method.__name__.lstrip("_"), None)
+    model.set_experts_implementation(implementation)
 
 
 def _generate(model: PreTrainedModel, *args: Any, k_active: Any = None, **kwargs: Any) -> Any:

@@ -94,3 +94,18 @@ def _both(module: nn.Module, rows: Tensor, neurons: slice) -> Tensor:
     if (start, stop) == (0, count):
         return rows
     return torch.cat([rows[start:stop], rows[count + start : count + stop]])
+
+
+_PLAIN: dict[tuple[type, type, bool], bool] = {}
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether the layer is ``silu(gate) * up`` without biases, in the usual layout; found out once."""
+    key = (type(module), type(getattr(module, "act_fn", None)), bool(module.has_bias))
+    if key not in _PLAIN:
+        probe = torch.linspace(-9, 9, 8).view(1, 8)
+        gate, up = probe.chunk(2, dim=1)
+        applied: Tensor = module._apply_gate(probe)  # type: ignore[operator]
+        usual = applied.shape == gate.shape and torch.allclose(applied, torch.nn.functional.silu(gate) * up)
+        _PLAIN[key] = bool(module.is_concatenated) and not module.has_bias and usual
+    return _PLAIN[key]

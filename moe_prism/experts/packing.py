@@ -51,3 +51,17 @@ def pack(module: nn.Module) -> None:
     for expert in range(len(weight)):
         storage[expert] = weight.data[expert].t().clone()
     weight.data = storage.transpose(1, 2)
+
+
+@torch.no_grad()
+def unpack(module: nn.Module) -> None:
+    """Undo ``pack`` in place; a module that is not packed stays as it is."""
+    name = "gate_up_proj" if module.is_transposed else "down_proj"
+    weight: nn.Parameter = getattr(module, name)
+    rows = weight.data.transpose(1, 2)
+    if weight.is_contiguous() or not rows.is_contiguous():
+        return
+    storage = rows.view(weight.shape)
+    for expert in range(len(weight)):
+        storage[expert] = rows[expert].t().clone()
+    weight.data = storage

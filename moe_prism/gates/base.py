@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +66,11 @@ class Cost(NamedTuple):
 class Gate(ABC):
     """Base of all gates; subclasses are frozen dataclasses with at least the field ``weighted``.
 
-    ``weighted`` says whether selection multiplies the scores by the routing weight.
+    ``weighted`` says whether selection multiplies the scores by the routing weight; ``reads_neurons`` whether
+    scoring computes neurons, whose activations then come with the scores.
     """
 
+    reads_neurons: ClassVar[bool] = False
     weighted: bool
 
     def leading(self, profile: ExpertProfile, num_sub_experts: int) -> Tensor | None:

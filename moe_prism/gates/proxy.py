@@ -6,6 +6,7 @@ arXiv 2510.19366, phase 1.3 ("complex gate"). Knows nothing of how the partition
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class ProxyGate(WeightedGate):
         active_share: share of an expert's neurons that count as active for a token. The paper uses 3/4.
     """
 
+    reads_neurons: ClassVar[bool] = True
     gate_neurons: int = 4
     active_share: float = 0.75
 

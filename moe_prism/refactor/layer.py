@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..elastic.model import NEURON_SCALE
 from ..evaluation.environment import usable_cores
 from ..experts import ExpertLayer, down_norms
 from ..gates import ExpertProfile, Gate
@@ -28,7 +29,7 @@ class LayerResult(NamedTuple):
 
     Attributes:
         permutation: int32 ``[E, C]``; new position j holds the neuron that was at ``permutation[e, j]``.
-        tensors: the gate's, each ``[E, ...]``.
+        tensors: the gate's and, where neurons can be skipped, ``neuron_scale`` (see ``NeuronRule``): each ``[E, ...]``.
         dropped: fp64 ``[E]``, the partition's objective over the total mass.
         routed_tokens: int64 ``[E]``, calibration tokens of each expert.
         fallbacks: experts that too few tokens reached.
@@ -91,7 +92,10 @@ def _refactor_expert(
         arranged = arranged._replace(activations=arranged.activations[:, local], down_norms=arranged.down_norms[local])
     total = float(matrix.sum(dtype=np.float64))
     lost = dropped_mass(matrix, labels, n, recipe.switched_off) if n > 1 else 0.0
-    return _Expert(order, gate.fit(arranged, n), lost / total if total else 0.0, profile)
+    tensors = gate.fit(arranged, n)
+    if profile.mean_up is not None:
+        tensors[NEURON_SCALE] = (profile.mean_up * norms)[order]
+    return _Expert(order, tensors, lost / total if total else 0.0, profile)
 
 
 def _order(labels: Tensor, importance: Tensor, n: int) -> Tensor:

@@ -33,10 +33,11 @@ from .layer import LayerResult, refactor_layer
 from .recipe import Recipe
 from .solvers import SOLVERS
 from .solvers.base import Solver
+from .tune import skips_neurons, tune
 from .workspace import Workspace, model_identity
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all); stages are "sample", "capture" and "layers"."""
+"""Called with (stage, steps done, steps in all); stages: "sample", "capture", "layers", "spend", "compensate"."""
 
 
 class LayerReport(NamedTuple):
@@ -142,6 +143,7 @@ def refactor_model(
     """
     layers = find_expert_layers(model)
     solver, gate = check_recipe(recipe, layers)
+    skip = skips_neurons(recipe, layers, gate)
     tell = progress or (lambda stage, done, total: None)
     key = {"model": model_identity(model, layers), "recipe": recipe.model_dump(mode="json"), "text": text}
     itemsize = next(model.parameters()).element_size()
@@ -188,6 +190,7 @@ def refactor_model(
         weights_dtype=str(model.dtype).removeprefix("torch."),
         created_with=versions(),
     )
+    elastic = tune(model, windows, elastic, tensors, recipe, skip, work, tell)
     reports = [
         LayerReport(
             layer.name,

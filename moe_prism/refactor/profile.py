@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import PrismError
 from ..experts import ExpertLayer
-from ..experts.neurons import activations
+from ..experts.neurons import activations, gate_up, is_plain
 from .capture import LayerInput
 
 
@@ -23,12 +23,14 @@ class Profile(NamedTuple):
 
     Attributes:
         activations: fp32 ``[B, C]``.
+        mean_up: fp32 ``[C]``, mean |x W_up|; None where the layer is not ``silu(gate) * up``.
         routing_weights: fp32 ``[B]``.
         routed_tokens: calibration tokens that the router sent here, before sampling.
         is_fallback: too few were; the profile is of a sample of all tokens, with weight 1.
     """
 
     activations: Tensor
+    mean_up: Tensor | None
     routing_weights: Tensor
     routed_tokens: int
     is_fallback: bool
@@ -81,4 +83,8 @@ def profile_expert(
             f"{layer.name}, expert {expert}: activations are not finite (NaN or infinite); "
             "load the model in a wider dtype (--dtype float32) or check its weights"
         )
-    return Profile(matrix, weight, routed, fallback)
+    mean_up = None
+    if is_plain(layer.module):
+        rows = gate_up(layer.module, expert, slice(None))[layer.num_neurons :]
+        mean_up = torch.nn.functional.linear(x.to(weights.dtype), rows).float().abs().mean(dim=0).cpu()
+    return Profile(matrix, mean_up, weight, routed, fallback)

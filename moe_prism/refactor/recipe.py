@@ -48,6 +48,19 @@ class Recipe(BaseModel):
     )
     gate: str = Field("proxy", description="What scores sub-experts at run time: proxy, linear, static.")
     gate_options: dict[str, Any] = Field(default_factory=dict, description="Options of that gate.")
+    neurons: Literal["auto", "gate-first", "all"] = Field(
+        "all",
+        description="all = a budget runs whole sub-experts; gate-first = it reads the gate rows of more of them and "
+        "runs only the neurons whose gates make them matter, at the same cost; how many are looked at is measured per "
+        "budget. auto = gate-first where every expert is silu(gate) * up without biases and the gate computes no "
+        "neurons, else all.",
+    )
+    compensation_budgets: int = Field(
+        0,
+        ge=0,
+        description="Budgets at which the mean of what is skipped is fitted, one vector per expert, and added back; "
+        "interpolated between. 0: nothing is added. 8 are enough.",
+    )
     calibration_tokens: int = Field(20_000, ge=256, description="Tokens of calibration text run through the model.")
     context: int = Field(256, ge=8, description="Tokens of one calibration window.")
     tokens_per_expert: int = Field(

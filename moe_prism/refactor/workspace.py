@@ -87,6 +87,27 @@ class Workspace:
         }
         save_tensors(path, fixed | {f"{_PREFIX}{name}": value for name, value in result.tensors.items()})
 
+    def numbers(self, name: str) -> list[int] | None:
+        """A list that was settled."""
+        path = self.path / f"{name}.json"
+        return list(json.loads(path.read_text())) if path.exists() else None
+
+    def keep_numbers(self, name: str, numbers: list[int]) -> None:
+        """Settle a list."""
+        path = self.path / f"{name}.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(numbers))
+        os.replace(temporary, path)
+
+    def vectors(self, k_active: int) -> dict[str, Tensor] | None:
+        """What was fitted at a budget, by layer."""
+        path = self.path / f"compensation-{k_active}.safetensors"
+        return load_file(path) if path.exists() else None
+
+    def keep_vectors(self, k_active: int, vectors: dict[str, Tensor]) -> None:
+        """Finish a budget's fit."""
+        save_tensors(self.path / f"compensation-{k_active}.safetensors", vectors)
+
     def remove(self) -> None:
         """The output is written; nothing here is needed any more."""
         shutil.rmtree(self.path, ignore_errors=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_elastic_executors import layer_of, random_selection
 
-from moe_prism.elastic.executors import EXECUTORS, NeuronRule, run_some_neurons
+from moe_prism.elastic.executors import EXECUTORS, NeuronRule, choose_executor
 from moe_prism.elastic.selection import Selection
 from moe_prism.errors import PrismError
 from moe_prism.experts.neurons import down, gate_up
@@ -25,57 +25,79 @@ def by_hand(module, x: torch.Tensor, selection: Selection, n: int, rule: NeuronR
                 value = active * (weights[half + c] @ x[t]) * down(module, expert, slice(c, c + 1))[0]
                 found.append((float(active.abs() * rule.scale[expert, c]), value))
         found.sort(key=lambda item: -item[0])
-        kept = found[: rule.count] if rule.count is not None else [f for f in found if f[0] > rule.threshold]
+        kept = found[: int(rule.count[t])] if rule.count is not None else [f for f in found if f[0] > rule.threshold]
         out[t] = sum((value for _, value in kept), torch.zeros(x.shape[1]))
     return out
 
 
+def rule_of(module, neurons: int, tokens: int, how: object) -> NeuronRule:
+    """A threshold, one count for all, or a list of counts that takes turns."""
+    scale = torch.rand(int(module.num_experts), neurons)
+    if isinstance(how, float):
+        return NeuronRule(scale, threshold=how)
+    counts = how if isinstance(how, list) else [how]
+    return NeuronRule(scale, torch.tensor([counts[t % len(counts)] for t in range(tokens)], dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["cpu", "masked"])
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("how", [{"count": 1}, {"count": 7}, {"count": 999}, {"threshold": 0.05}, {"threshold": 1e9}])
-def test_it_is_the_sum_of_the_kept_neurons(how: dict, seed: int) -> None:
+@pytest.mark.parametrize("how", [1, 7, 999, [1, 30, 5], 0.05, 1e9])
+def test_it_is_the_sum_of_the_kept_neurons(how: object, seed: int, name: str) -> None:
     torch.manual_seed(seed)
     module = layer_of("olmoe", 20, 72)
     x = torch.randn(seed, 72)  # zero tokens among them
     selection = random_selection(seed, 3, 4, int(module.num_experts), "random", seed)
-    rule = NeuronRule(torch.rand(int(module.num_experts), 20), **how)
+    rule = rule_of(module, 20, seed, how)
     with torch.no_grad():
-        found = run_some_neurons(module, x, selection, 4, rule)
+        found = EXECUTORS.create(name).run_some(module, x, selection, 4, rule)
         torch.testing.assert_close(found, by_hand(module, x, selection, 4, rule), atol=1e-4, rtol=1e-4)
 
 
-def test_all_neurons_are_the_whole_sub_experts() -> None:
+@pytest.mark.parametrize("name", ["cpu", "masked"])
+def test_all_neurons_are_the_whole_sub_experts(name: str) -> None:
     module = layer_of("olmoe", 32, 64, torch.bfloat16)
     x = torch.randn(3, 64).bfloat16()
     selection = random_selection(3, 3, 4, int(module.num_experts), "random", 0)
-    rule = NeuronRule(torch.ones(int(module.num_experts), 32), threshold=-1.0)
     with torch.no_grad():
-        found = run_some_neurons(module, x, selection, 4, rule)
-        expected = EXECUTORS.create("cpu").run(module, x, selection, 4)
-    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+        found = EXECUTORS.create(name).run_some(module, x, selection, 4, rule_of(module, 32, 3, 96))
+        expected = EXECUTORS.create("reference").run(module.float(), x.float(), selection, 4)
+    torch.testing.assert_close(found.float(), expected, atol=5e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("how", [{"count": 2}, {"threshold": 0.1}])
-def test_a_nan_is_not_skipped(how: dict) -> None:
+def test_long_inputs_are_cut_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = layer_of("olmoe")
+    x = torch.randn(11, 32)
+    selection = random_selection(11, 3, 4, int(module.num_experts), "random", 0)
+    rule = rule_of(module, 16, 11, [3, 9, 1])
+    masked = EXECUTORS.create("masked")
+    with torch.no_grad():
+        whole = masked.run_some(module, x, selection, 4, rule)
+        monkeypatch.setattr("moe_prism.elastic.executors.masked._CHUNK", 4)
+        torch.testing.assert_close(masked.run_some(module, x, selection, 4, rule), whole)
+
+
+@pytest.mark.parametrize("name", ["cpu", "masked"])
+@pytest.mark.parametrize("how", [2, 0.1])
+def test_a_nan_is_not_skipped(how: object, name: str) -> None:
     module = layer_of("olmoe")
     x = torch.randn(2, 32)
     x[0, 3] = torch.nan
     selection = random_selection(2, 2, 4, int(module.num_experts), "random", 0)
-    rule = NeuronRule(torch.ones(int(module.num_experts), int(module.down_proj.shape[2])), **how)
     with torch.no_grad():
-        found = run_some_neurons(module, x, selection, 4, rule)
+        found = EXECUTORS.create(name).run_some(module, x, selection, 4, rule_of(module, 16, 2, how))
     assert found[0].isnan().all()
     assert not found[1].isnan().any()
 
 
-def test_what_it_refuses() -> None:
-    module = layer_of("olmoe")
-    x = torch.randn(1, 32)
-    selection = random_selection(1, 2, 4, int(module.num_experts), "random", 0)
-    scale = torch.ones(int(module.num_experts), 16)
-    for rule in (NeuronRule(scale), NeuronRule(scale, 3, 0.5)):
+def test_what_is_refused() -> None:
+    scale = torch.ones(2, 16)
+    for how in ({}, {"count": torch.tensor([3]), "threshold": 0.5}):
         with pytest.raises(PrismError, match="count or threshold"):
-            run_some_neurons(module, x, selection, 4, rule)
+            NeuronRule(scale, **how)
     with pytest.raises(PrismError, match="1 or more, got 0"):
-        run_some_neurons(module, x, selection, 4, NeuronRule(scale, 0))
-    with pytest.raises(PrismError, match="not silu"):
-        run_some_neurons(layer_of("gpt_oss"), x, selection, 4, NeuronRule(scale, 3))
+        NeuronRule(scale, torch.tensor([2, 0]))
+    module = layer_of("olmoe")
+    assert type(choose_executor("auto", module, torch.randn(500, 32), 4, True)).__name__ == "MaskedExecutor"
+    for name in ("grouped", "reference"):
+        with pytest.raises(PrismError, match="cannot skip neurons"):
+            choose_executor(name, module, torch.randn(1, 32), 4, True)

@@ -1,12 +1,11 @@
 """Executors: a selection and the expert weights become the layer's output."""
 
-from .base import EXECUTORS, Executor
+from .base import EXECUTORS, Executor, NeuronRule
 from .choice import AUTO, choose_executor
 from .cpu import CpuExecutor
 from .grouped import GroupedExecutor
 from .masked import MaskedExecutor
 from .reference import ReferenceExecutor
-from .some_neurons import NeuronRule, run_some_neurons
 from .triton import TritonExecutor
 
 __all__ = [
@@ -20,5 +19,4 @@ __all__ = [
     "ReferenceExecutor",
     "TritonExecutor",
     "choose_executor",
-    "run_some_neurons",
 ]

@@ -1,22 +1,56 @@
 """What an executor is: a selection and the expert weights become the layer's output.
 
 Executors differ in speed, not in result: each gives the sum of ``reference`` to rounding. One is a frozen
-dataclass in one file, registered under a name. It knows nothing of budgets, scores or biases of the output.
+dataclass in one file, registered under a name. Some can also skip neurons inside the selected sub-experts. It
+knows nothing of budgets, scores or biases of the output.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
+from ...errors import PrismError
 from ...registry import Registry
 from ..selection import Selection
 
 
+@dataclass(frozen=True)
+class NeuronRule:
+    """Which neurons of its selected sub-experts a token runs: the best by ``weight * |silu(gate)| * scale``.
+
+    Attributes:
+        scale: fp32 ``[E, C]``, how much a neuron matters per unit of its gate activation: for example mean
+            |up| times the norm of its down row.
+        count: int64 ``[T]``, how many neurons each token runs, over all its sub-experts; or None.
+        threshold: a token runs the neurons whose score exceeds it; or None. Exactly one of the two is given.
+
+    Raises:
+        PrismError: both or none are given, or a count is below 1.
+    """
+
+    scale: Tensor
+    count: Tensor | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.count is None) == (self.threshold is None):
+            raise PrismError(f"give count or threshold, got count={self.count}, threshold={self.threshold}")
+        if self.count is not None and len(self.count) and int(self.count.min()) < 1:
+            raise PrismError(f"count must be 1 or more, got {int(self.count.min())}")
+
+
 class Executor(ABC):
-    """Base of all executors."""
+    """Base of all executors.
+
+    Attributes:
+        skips_neurons: whether ``run_some`` works.
+    """
+
+    skips_neurons: ClassVar[bool] = False
 
     @abstractmethod
     def refusal(self, module: nn.Module, x: Tensor) -> str | None:
@@ -37,6 +71,10 @@ class Executor(ABC):
             ``[T, H]`` in the dtype of ``x``; sums are kept in fp32.
         """
 
+    def run_some(self, module: nn.Module, x: Tensor, selection: Selection, n: int, rule: NeuronRule) -> Tensor:
+        """Like ``run``, but only the neurons that the rule keeps; for modules that are ``is_plain``."""
+        raise NotImplementedError(f"{type(self).__name__} does not skip neurons")
+
 
 EXECUTORS: Registry[Executor] = Registry("executor")
 
@@ -44,18 +82,3 @@ EXECUTORS: Registry[Executor] = Registry("executor")
 def num_experts(module: nn.Module) -> int:
     """E."""
     return int(module.num_experts)  # type: ignore[arg-type]
-
-
-_PLAIN: dict[tuple[type, type, bool], bool] = {}
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether the layer is ``silu(gate) * up`` without biases, in the usual layout; found out once."""
-    key = (type(module), type(getattr(module, "act_fn", None)), bool(module.has_bias))
-    if key not in _PLAIN:
-        probe = torch.linspace(-9, 9, 8).view(1, 8)
-        gate, up = probe.chunk(2, dim=1)
-        applied: Tensor = module._apply_gate(probe)  # type: ignore[operator]
-        usual = applied.shape == gate.shape and torch.allclose(applied, torch.nn.functional.silu(gate) * up)
-        _PLAIN[key] = bool(module.is_concatenated) and not module.has_bias and usual
-    return _PLAIN[key]

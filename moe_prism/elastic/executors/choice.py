@@ -18,7 +18,7 @@ AUTO = "auto"
 MASKED_FROM = 64
 
 
-def choose_executor(name: str, module: nn.Module, x: Tensor, top_k: int) -> Executor:
+def choose_executor(name: str, module: nn.Module, x: Tensor, top_k: int, some_neurons: bool = False) -> Executor:
     """The named executor, or the fastest that can run this input.
 
     Args:
@@ -26,6 +26,7 @@ def choose_executor(name: str, module: nn.Module, x: Tensor, top_k: int) -> Exec
         module: stacked experts.
         x: ``[T, H]``.
         top_k: routed experts of a token.
+        some_neurons: it must be able to skip neurons.
 
     Raises:
         PrismError: the named executor cannot run this module or input; the message says why.
@@ -33,13 +34,15 @@ def choose_executor(name: str, module: nn.Module, x: Tensor, top_k: int) -> Exec
     if name != AUTO:
         chosen = _executor(name)
         reason = chosen.refusal(module, x)
+        if some_neurons and not chosen.skips_neurons:
+            reason = "it cannot skip neurons, which this checkpoint does at that budget"
         if reason is not None:
             raise PrismError(f"executor {name!r} cannot run this layer: {reason}; use {AUTO!r} or another")
         return chosen
-    for candidate in _preferred(module, x, top_k):
-        if _executor(candidate).refusal(module, x) is None:
-            return _executor(candidate)
-    return _executor("reference")
+    for candidate in map(_executor, _preferred(module, x, top_k)):
+        if candidate.refusal(module, x) is None and (candidate.skips_neurons or not some_neurons):
+            return candidate
+    return _executor("masked" if some_neurons else "reference")
 
 
 def _preferred(module: nn.Module, x: Tensor, top_k: int) -> tuple[str, ...]:

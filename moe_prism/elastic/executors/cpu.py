@@ -6,7 +6,7 @@ A selected sub-expert is three runs of contiguous rows, so its cost is its bytes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numba
 import numpy as np
@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ...experts.neurons import is_plain
 from ...experts.packing import PackedRows, packed_rows
-from ..kernels import add_rows, gated_experts, multiply_rows
+from ..kernels import add_rows, gated_experts, gated_neurons, multiply_rows
 from ..selection import Selection
-from .base import EXECUTORS, Executor, is_plain
+from .base import EXECUTORS, Executor, NeuronRule
 from .bias import add_gate_up_bias
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -72,6 +73,8 @@ class Groups:
 class CpuExecutor(Executor):
     """Numba kernels on torch's number of threads."""
 
+    skips_neurons: ClassVar[bool] = True
+
     def refusal(self, module: nn.Module, x: Tensor) -> str | None:
         """Needs packed bfloat16 or fp32 weights in CPU memory."""
         if x.device.type != "cpu":
@@ -105,6 +108,32 @@ class CpuExecutor(Executor):
         add_rows(as_rows(rows.down), hidden.numpy(), groups.token, groups.starts, first, size, out.numpy())
         return out.to(x.dtype)
 
+    def run_some(self, module: nn.Module, x: Tensor, selection: Selection, n: int, rule: NeuronRule) -> Tensor:
+        """See ``Executor.run_some``; skipped up and down rows are skipped bytes, so it is for few tokens."""
+        rows = packed_rows(module)
+        assert rows is not None  # refusal was asked
+        neurons = rows.down.shape[1]
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        gated_neurons(
+            as_rows(rows.gate_up),
+            as_rows(rows.down),
+            _tokens(x),
+            selection.token.numpy(),
+            selection.sub_expert.numpy(),
+            selection.weight.float().numpy(),
+            rule.scale.view(-1, neurons // n).numpy(),
+            np.zeros(len(x), np.int64) if rule.count is None else rule.count.numpy(),
+            0.0 if rule.threshold is None else rule.threshold,
+            neurons,
+            n,
+            out.numpy(),
+        )
+        return out.to(x.dtype)
+
+
+def _tokens(x: Tensor) -> NDArray[np.generic]:
+    return as_rows(x.contiguous()) if x.dtype in DTYPES else x.float().numpy()
+
 
 def _run_plain(rows: PackedRows, x: Tensor, selection: Selection, n: int, computed: Tensor | None) -> Tensor:
     weight = selection.weight.float()
@@ -117,7 +146,7 @@ def _run_plain(rows: PackedRows, x: Tensor, selection: Selection, n: int, comput
     gated_experts(
         as_rows(rows.gate_up),
         as_rows(rows.down),
-        as_rows(x.contiguous()) if x.dtype in DTYPES else x.float().numpy(),
+        _tokens(x),
         selection.token.numpy(),
         selection.sub_expert.numpy(),
         weight.numpy(),

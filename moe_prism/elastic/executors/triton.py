@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...experts.neurons import is_plain
 from ...experts.packing import packed_rows
 from ..selection import Selection
-from .base import EXECUTORS, Executor, is_plain
+from .base import EXECUTORS, Executor
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PAIRS_ADDED_AT_ONCE = 16

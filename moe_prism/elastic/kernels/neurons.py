@@ -31,25 +31,31 @@ def _score(gate: Array, score: Array, weight: Any, scale: Array) -> None:
 
 
 @serial
-def _keep(score: Array, token: Array, tokens: int, count: int, threshold: float) -> Any:
+def _keep(score: Array, token: Array, count: Array, threshold: float) -> Any:
     """(pair, neuron of its sub-expert) of the kept neurons, those of a token together, in row order.
 
-    Every token's ``count`` best, the first ones among equals; with a count of 0, those above the threshold.
+    Every token's ``count[t]`` best, the first ones among equals; with a count of 0, those above the threshold.
     """
     pairs, size = score.shape
+    by_token = np.argsort(token, kind="mergesort")
+    begin = 0
     pair = np.empty(pairs * size, np.int64)
     neuron = np.empty(pairs * size, np.int64)
     kept = 0
-    for t in range(tokens):
-        mine = np.nonzero(token == t)[0]
+    while begin < pairs:
+        t, end = token[by_token[begin]], begin + 1
+        while end < pairs and token[by_token[end]] == t:
+            end += 1
+        mine = by_token[begin:end]
+        begin = end
         total = mine.shape[0] * size
         least, equals = np.float32(threshold), 0
-        if count >= total:
+        if count[t] >= total:
             least = np.float32(-1)  # below every score
-        elif count:
+        elif count[t]:
             values = score[mine].copy().reshape(-1)
-            least = np.partition(values, total - count)[total - count]
-            equals = count - np.sum(values > least)
+            least = np.partition(values, total - count[t])[total - count[t]]
+            equals = count[t] - np.sum(values > least)
         for s in mine:
             for c in range(size):
                 take = score[s, c] > least
@@ -96,7 +102,7 @@ def _gated_neurons(
     sub_expert: Array,
     weight: Array,
     scale: Array,
-    count: int,
+    count: Array,
     threshold: float,
     neurons: int,
     n: int,
@@ -119,7 +125,7 @@ def _gated_neurons(
             multiply_run(gate_up, row, end - begin, tokens, token, s0, s1, gate, begin)
             for s in range(s0, s1):
                 _score(gate[s, begin:end], score[s, begin:end], weight[s], scale[which, begin:end])
-    pair, neuron = _keep(score, token, x.shape[0], count, threshold)
+    pair, neuron = _keep(score, token, count, threshold)
     down_row = sub_expert[pair] * size + neuron
     up_row = down_row + (sub_expert[pair] // n + 1) * neurons  # experts before it: C rows of gate and C of up each
     owner = token[pair]
@@ -137,7 +143,7 @@ def _gated_neurons(
 gated_neurons = Kernel(serial(_gated_neurons), parallel(_gated_neurons))
 """The kept neurons of selected sub-experts.
 
-Called as ``gated_experts``, with ``scale`` fp32 ``[E * n, C / n]`` in place of ``known``, then count and threshold: a
-neuron's score is ``weight * |silu(gate)| * scale``; each token runs its ``count`` best, or with a count of 0 those
-above the threshold.
+Called as ``gated_experts``, with ``scale`` fp32 ``[E * n, C / n]`` in place of ``known``, then count int64 ``[T]`` and
+threshold: a neuron's score is ``weight * |silu(gate)| * scale``; each token runs its ``count`` best, or with a count of
+0 those above the threshold.
 """

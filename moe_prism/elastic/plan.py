@@ -1,0 +1,36 @@
+"""How a budget is spent inside a layer: on whole sub-experts, or on the best neurons of more of them.
+
+A neuron's gate row is a third of its weights. A budget of K sub-experts pays for K of them whole, or for the gate
+rows of m > K sub-experts and then up and down rows of those neurons only whose gates make them matter. Knows nothing
+of scores or weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def neurons_within(k_active: int, scan: int, size: int) -> int:
+    """Neurons whose up and down rows a budget pays for after ``scan`` sub-experts' gate rows.
+
+    ``3 K size`` rows are paid, gate rows cost ``scan * size`` and a neuron that runs two more.
+    """
+    return min(scan * size, (3 * k_active - scan) * size // 2)
+
+
+class Plan:
+    """The number of sub-experts looked at and of neurons run, for every budget.
+
+    Attributes:
+        scan: int64 ``[full + 1]``, sub-experts whose gate rows are read, by budget; index 0 is not used.
+        neurons: int64 ``[full + 1]``, neurons that then run.
+        skips: bool ``[full + 1]``, whether that is fewer than were looked at.
+    """
+
+    def __init__(self, scan: Sequence[int], size: int) -> None:
+        """``scan[K - 1]`` for every budget K; ``size`` neurons of a sub-expert."""
+        self.scan = torch.tensor([0, *scan])
+        self.neurons = torch.tensor([0, *(neurons_within(k, m, size) for k, m in enumerate(scan, 1))])
+        self.skips = torch.tensor([False, *(m > k for k, m in enumerate(scan, 1))])

@@ -1,0 +1,111 @@
+"""Fit what is added to a budget's output: the mean, per routed expert, of what the budget leaves out.
+
+For a fitted budget the vectors ``v_e`` minimise ``|full - budgeted - sum of w_e v_e|^2`` over the calibration tokens,
+``w_e`` being the routing weights: least squares with a little ridge, so that a rarely routed expert stays near zero.
+Layers are fitted together, in rounds: in every round each layer sees what the layers before it put out with the vectors
+of the round before. Knows nothing of how the budget chose what to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import grouped_mm_experts_forward
+
+from ..elastic import budget
+from ..elastic.budgets import elastic_layers
+from ..elastic.layer import ElasticLayer
+from ..experts import ExpertLayer
+from .capture import TOKENS_PER_BATCH
+
+ROUNDS = 2
+# Of the mean diagonal: an expert with a hundredth of the usual traffic is held half-way to zero.
+_RIDGE = 1e-2
+
+
+def budgets_to_fit(full_budget: int, count: int) -> list[int]:
+    """``count`` budgets, evenly spread over 1..full_budget - 1 (all of them, if there are fewer)."""
+    if count >= full_budget - 1:
+        return list(range(1, full_budget))
+    return sorted({max(1, round(full_budget * (i + 1) / (count + 1))) for i in range(count)})
+
+
+class _Sums:
+    """Normal equations of one layer."""
+
+    def __init__(self, layer: ExpertLayer) -> None:
+        self.gram = torch.zeros(layer.num_experts, layer.num_experts, dtype=torch.float64)
+        self.gap = torch.zeros(layer.num_experts, layer.hidden_size, dtype=torch.float64)
+
+    def add(self, index: Tensor, weights: Tensor, gap: Tensor) -> None:
+        routed = torch.zeros(len(index), len(self.gram), device=index.device)
+        routed.scatter_(1, index, weights.float())
+        self.gram += (routed.t() @ routed).double().cpu()
+        self.gap += (routed.t() @ gap).double().cpu()
+
+    def solve(self) -> Tensor:
+        ridge = _RIDGE * self.gram.diagonal().mean().clamp(min=1e-12)
+        damped = self.gram + ridge * torch.eye(len(self.gram), dtype=torch.float64)
+        solved: Tensor = torch.linalg.solve(damped, self.gap)
+        return solved.float()
+
+
+@torch.no_grad()
+def fit_compensation(
+    model: PreTrainedModel,
+    windows: Tensor,
+    position: int,
+    k_active: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Fit one budget; the vectors are put into the attached layers and returned.
+
+    Args:
+        model: elastic, its layers with a ``Compensation`` whose vectors of this budget are zero.
+        windows: int64 ``[n, context]`` calibration tokens.
+        position: of the budget among the fitted ones.
+        k_active: the budget.
+        progress: called with (batches done, batches in all).
+
+    Returns:
+        Layer name -> fp32 ``[E, H]``.
+    """
+    layers = elastic_layers(model)
+    batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
+    body = getattr(model, "base_model", model)
+    with budget(model, k_active):
+        for turn in range(ROUNDS):
+            sums = {layer.name: _Sums(layer) for layer, _ in layers}
+            handles = [
+                layer.module.register_forward_hook(_watch(sums[layer.name]), with_kwargs=True) for layer, _ in layers
+            ]
+            try:
+                for number, batch in enumerate(batches):
+                    body(input_ids=batch.to(model.device), use_cache=False)
+                    if progress:
+                        progress(turn * len(batches) + number + 1, ROUNDS * len(batches))
+            finally:
+                for handle in handles:
+                    handle.remove()
+            for layer, state in layers:
+                vectors = _vectors(state)
+                vectors[position] += sums[layer.name].solve().to(vectors.device)
+    return {layer.name: _vectors(state)[position].cpu() for layer, state in layers}
+
+
+def _vectors(state: ElasticLayer) -> Tensor:
+    assert state.compensation is not None  # attached with it
+    return state.compensation.vectors
+
+
+def _watch(sums: _Sums) -> Callable[[nn.Module, Sequence[Any], dict[str, Any], Tensor], None]:
+    def hook(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
+        x, index, weights = (*args, *kwargs.values())[:3]
+        full = grouped_mm_experts_forward(module, x, index, weights)
+        sums.add(index, weights, full.float() - out.float())
+
+    return hook

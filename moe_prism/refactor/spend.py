@@ -1,0 +1,71 @@
+"""Choose how every budget is spent: how many sub-experts' gates to look at before neurons are chosen inside them.
+
+Looking at more of them finds better neurons, but leaves less for running them. What is best depends on the model and on
+the budget, so it is measured: KL to the full model on calibration text, at a few budgets, for a few ratios of looked-at
+to paid-for sub-experts. In between, the ratio is interpolated. Knows nothing of what else a budget adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..elastic import budget, dial_of
+from ..elastic.plan import Plan
+from ..evaluation.measure import Run, measure
+
+SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
+RATIOS = (1.0, 1.4, 1.8, 2.2, 2.6)
+TOKENS = 1024
+
+
+def scan_of(ratios: Sequence[float]) -> list[int]:
+    """Sub-experts to look at for the budgets 1, 2, ...; a budget can pay for looking at 3 K - 1 at most."""
+    full = len(ratios)
+    return [max(k, min(full, 3 * k - 1, round(ratio * k))) for k, ratio in enumerate(ratios, 1)]
+
+
+def choose_scan(
+    model: PreTrainedModel, windows: Tensor, size: int, progress: Callable[[int, int], None] | None = None
+) -> list[int]:
+    """The best number for every budget, by measurement.
+
+    Args:
+        model: elastic, with neuron scales attached.
+        windows: int64 ``[n, context]`` calibration tokens; the last ``TOKENS`` are used.
+        size: neurons of a sub-expert.
+        progress: called with (forward passes done, in all).
+    """
+    full = dial_of(model).full_budget
+    held = windows[-max(1, TOKENS // windows.shape[1]) :]
+    # Equal scans of different ratios (small budgets) are measured once.
+    runs: dict[tuple[int, int], Run] = {}
+    probes = sorted({max(1, round(share * full)) for share in SHARES})
+    for k in probes:
+        for ratio in RATIOS:
+            scan = scan_of([ratio] * full)
+            name = f"{k} of {scan[k - 1]}"
+            runs[k, scan[k - 1]] = Run(name, partial(_spending, model, k, Plan(scan, size)))
+    measured = measure(model, held, list(runs.values()), progress=progress)
+    best = []
+    for k in probes:
+        found = {scan: measured[run.name].kl for (budget_, scan), run in runs.items() if budget_ == k}
+        best.append(min(found, key=lambda scan: found[scan]) / k)
+    return scan_of(np.interp(np.arange(1, full + 1), probes, best).tolist())
+
+
+@contextmanager
+def _spending(model: PreTrainedModel, k_active: int, plan: Plan) -> Iterator[None]:
+    dial = dial_of(model)
+    before = dial.plan
+    dial.plan = plan
+    try:
+        with budget(model, k_active):
+            yield
+    finally:
+        dial.plan = before

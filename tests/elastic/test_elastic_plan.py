@@ -1,0 +1,124 @@
+"""How budgets are spent on neurons, what is added back, and what both cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from making import elastic_model, logits
+from tiny import tokens
+
+import moe_prism
+from moe_prism.elastic import budget, dial_of, set_budget
+from moe_prism.elastic.budgets import elastic_layers
+from moe_prism.elastic.compensation import Compensation, interpolation
+from moe_prism.elastic.plan import Plan, neurons_within
+from moe_prism.errors import PrismError
+
+GATE_FIRST = {"neurons": "gate-first", "solver": "importance", "compensation_budgets": 3}
+
+
+@given(st.integers(1, 64), st.integers(2, 40), st.data())
+def test_a_plan_never_costs_more_than_whole_sub_experts(k_active: int, size: int, data: st.DataObject) -> None:
+    scan = data.draw(st.integers(k_active, 3 * k_active - 1))
+    neurons = neurons_within(k_active, scan, size)
+    assert 1 <= neurons <= scan * size
+    rows = scan * size + 2 * neurons
+    assert rows <= 3 * k_active * size
+    assert rows >= 3 * k_active * size - 1 or neurons == scan * size  # and leaves nothing over
+
+
+def test_interpolation_is_linear_and_ends_at_zero() -> None:
+    shares = interpolation([2, 6], 8)
+    assert shares.tolist()[1:] == [[1, 0], [1, 0], [0.75, 0.25], [0.5, 0.5], [0.25, 0.75], [0, 1], [0, 0.5], [0, 0]]
+
+
+def test_compensation_adds_weighted_vectors_of_the_routed_experts() -> None:
+    torch.manual_seed(0)
+    vectors = torch.randn(2, 5, 3)
+    index, weights = torch.tensor([[0, 4], [2, 1]]), torch.rand(2, 2)
+    found = Compensation(vectors, [2, 6], 8).of(index, weights, torch.tensor([3, 7]))
+    first = 0.75 * vectors[0] + 0.25 * vectors[1]
+    torch.testing.assert_close(found[0], weights[0, 0] * first[0] + weights[0, 1] * first[4])
+    torch.testing.assert_close(found[1], weights[1, 0] * vectors[1, 2] / 2 + weights[1, 1] * vectors[1, 1] / 2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory):
+    return elastic_model("olmoe", tmp_path_factory.mktemp("gate_first"), **GATE_FIRST)
+
+
+def test_full_budget_is_the_original(model) -> None:
+    from tiny import tiny_model
+
+    with budget(model, "full"):
+        torch.testing.assert_close(logits(model), logits(tiny_model("olmoe")), atol=1e-5, rtol=1e-5)
+
+
+def test_mixed_budgets_equal_those_alone(model) -> None:
+    ids = tokens()
+    budgets = [(2, 5, 9, 16)[row % 4] for row in range(len(ids))]
+    with torch.no_grad(), budget(model, budgets):
+        together = model(ids).logits
+    for row, k_active in enumerate(budgets):
+        with torch.no_grad(), budget(model, k_active):
+            torch.testing.assert_close(model(ids[row : row + 1]).logits[0], together[row], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k_active", [2, 7, 12])
+def test_executors_agree(model, k_active: int) -> None:
+    dial = dial_of(model)
+    found = []
+    try:
+        for name in ("cpu", "masked"):
+            dial.executor = name
+            with budget(model, k_active):
+                found.append(logits(model))
+        dial.executor = "grouped"
+        with budget(model, k_active), pytest.raises(PrismError, match="cannot skip neurons"):
+            logits(model)
+    finally:
+        dial.executor = "auto"
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+
+
+def test_the_cost_counts_gates_neurons_and_vectors(model) -> None:
+    dial = dial_of(model)
+    layer, _ = elastic_layers(model)[0]
+    before = dial.plan
+    try:
+        scan = list(range(1, 17))
+        scan[7] = 12
+        size = layer.num_neurons // 4
+        dial.plan = Plan(scan, size)
+        neurons = (3 * 8 - 12) * size // 2
+        vectors = 2 * layer.top_k * layer.hidden_size
+        expected = ((12 * size + 2 * neurons) * layer.hidden_size + vectors) / (
+            layer.top_k * layer.num_neurons * 3 * layer.hidden_size
+        )
+        assert moe_prism.cost_shares(model, 8) == pytest.approx((expected, expected))
+        assert moe_prism.cost_shares(model, 16) == (1.0, 1.0)
+    finally:
+        dial.plan = before
+
+
+def test_floors_and_neurons_go_together(model) -> None:
+    with budget(model, 8):
+        alone = logits(model)
+    set_budget(model, 8, k_min=8)  # everybody is sure of everything, so nothing changes
+    try:
+        torch.testing.assert_close(logits(model), alone, atol=1e-5, rtol=1e-4)
+    finally:
+        set_budget(model, "full")
+
+
+def test_what_cannot_skip_neurons_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PrismError, match="not silu"):
+        elastic_model("gpt_oss", tmp_path, **GATE_FIRST)
+    with pytest.raises(PrismError, match="gate 'proxy' computes neurons"):
+        elastic_model("olmoe", tmp_path, **GATE_FIRST | {"gate": "proxy"})
+    auto = elastic_model("gpt_oss", tmp_path, neurons="auto")
+    assert dial_of(auto).plan is None
