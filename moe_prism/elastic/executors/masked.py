@@ -6,6 +6,7 @@ measuring quality on long texts and for prefill on few cores, not for saving tim
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -64,33 +65,45 @@ class MaskedExecutor(Executor):
 
 def _some_of(module: nn.Module, x: Tensor, selection: Selection, n: int, rule: NeuronRule) -> Tensor:
     neurons = num_neurons(module)
-    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     if not len(selection.token):
-        return out.to(x.dtype)
-    token, slot = selection.token, selection.slot
+        return torch.zeros_like(x)
+    token, slot, part = selection.token, selection.slot, selection.sub_expert % n
     slots = int(slot.max()) + 1
     weight = torch.zeros(len(x), slots, n, device=x.device)
-    weight[token, slot, selection.sub_expert % n] = selection.weight.float()
-    looked_at = torch.zeros_like(weight, dtype=torch.bool)
-    looked_at[token, slot, selection.sub_expert % n] = True
+    weight[token, slot, part] = selection.weight.float()
+    looked_at = torch.zeros(len(x), slots, n, dtype=torch.bool, device=x.device)
+    looked_at[token, slot, part] = True
     routed = torch.full((len(x), slots), -1, device=x.device)
     routed[token, slot] = selection.sub_expert // n
-    rows = [(e, *(routed == e).nonzero(as_tuple=True)) for e in routed.unique().tolist() if e >= 0]
-    active = torch.zeros(len(x), slots, neurons, device=x.device)
-    score = torch.full_like(active, -1.0)
-    scale = rule.scale.to(x.device)
-    for expert, t, s in rows:
-        gate = torch.nn.functional.linear(x[t], gate_up(module, expert, slice(None))[:neurons]).float()
-        mine = torch.nn.functional.silu(gate) * weight[t, s].repeat_interleave(neurons // n, dim=1)
-        active[t, s] = mine
-        score[t, s] = (mine.abs() * scale[expert]).nan_to_num(torch.inf, torch.inf)
-    score.masked_fill_(~looked_at.repeat_interleave(neurons // n, dim=2), -1.0)
-    active *= _kept(score.flatten(1), rule).view_as(active)
-    for expert, t, s in rows:
-        up = torch.nn.functional.linear(x[t], gate_up(module, expert, slice(None))[neurons:])
-        hidden = (active[t, s] * up.float()).to(x.dtype)
-        out.index_add_(0, t, (hidden @ down(module, expert, slice(None))).float())
-    return out.to(x.dtype)
+    # One row a routed expert of a token, those of an expert together, so that all products are of slices.
+    expert, order = routed.flatten().sort(stable=True)
+    order = order[expert >= 0]
+    runs = torch.bincount(expert[expert >= 0], minlength=num_experts(module)).tolist()
+    rows = x[order // slots]
+    hidden = torch.empty(len(order), neurons, device=x.device)
+    for e, run in _runs(runs):
+        hidden[run] = torch.nn.functional.linear(rows[run], gate_up(module, e, slice(None))[:neurons]).float()
+    hidden = torch.nn.functional.silu(hidden).view(-1, n, neurons // n) * weight.view(-1, n, 1)[order]
+    score = hidden.abs() * rule.scale.to(x.device)[routed.flatten()[order]].view_as(hidden)
+    score = score.nan_to_num_(torch.inf, torch.inf).masked_fill_(~looked_at.view(-1, n, 1)[order], -1.0)
+    by_token = torch.full((len(x) * slots, neurons), -1.0, device=x.device)
+    by_token[order] = score.flatten(1)
+    hidden = hidden.flatten(1) * _kept(by_token.view(len(x), -1), rule).view(-1, neurons)[order]
+    result = torch.zeros(len(x) * slots, x.shape[1], device=x.device)
+    for e, run in _runs(runs):
+        up = torch.nn.functional.linear(rows[run], gate_up(module, e, slice(None))[neurons:])
+        product = (hidden[run] * up.float()).to(x.dtype) @ down(module, e, slice(None))
+        result[order[run]] = product.float()
+    return result.view(len(x), slots, -1).sum(dim=1).to(x.dtype)
+
+
+def _runs(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of every expert that has any."""
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
 
 
 def _kept(score: Tensor, rule: NeuronRule) -> Tensor:
@@ -98,6 +111,6 @@ def _kept(score: Tensor, rule: NeuronRule) -> Tensor:
     if rule.count is None:
         return score > rule.threshold  # type: ignore[operator]
     most = min(int(rule.count.max()), score.shape[1])
-    best = score.topk(most, dim=1).indices
+    best = score.topk(most, dim=1, sorted=bool((rule.count < most).any())).indices
     within = torch.arange(most, device=score.device) < rule.count[:, None]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(1, best, within)
