@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier bench-kernels bench-batch bench-decode clean distclean
+.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier bench-kernels bench-batch bench-decode clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -97,6 +97,9 @@ bench-memory: $(VENV)/.dev ## peak memory of profiling a layer of a 30B shape ->
 
 bench-frontier: $(VENV)/.dev ## the operating points of README and docs (20 minutes) -> docs/results/
 	bash tools/bench_frontier.sh $(DATA)
+
+frontier: $(VENV)/.dev ## quality at equal cost, method by method (30 minutes) -> build/frontier/frontier.json
+	$(BIN)/python tools/frontier.py --calibration $(CALIBRATION) $(DATA)/wikitext2/train-first1MB.txt --text $(VALID) $(ARGS)
 
 bench-kernels: $(VENV)/.dev ## time of a layer by executor and budget (15 minutes, 4 GB) -> build/bench/kernels.json
 	$(BIN)/python tools/bench_kernels.py --out build/bench/kernels.json $(ARGS)

@@ -2,8 +2,9 @@
 
 For a fitted budget the vectors ``v_e`` minimise ``|full - budgeted - sum of w_e v_e|^2`` over the calibration tokens,
 ``w_e`` being the routing weights: least squares with a little ridge, so that a rarely routed expert stays near zero.
-Layers are fitted together, in rounds: in every round each layer sees what the layers before it put out with the vectors
-of the round before. Knows nothing of how the budget chose what to run.
+All layers of a budget are fitted in one pass; while it runs, the layers put out what the vectors of the next higher
+fitted budget give, so that every layer sees inputs that are nearly corrected. Knows nothing of how the budget chose
+what to run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from ..elastic.layer import ElasticLayer
 from ..experts import ExpertLayer
 from .capture import TOKENS_PER_BATCH
 
-ROUNDS = 2
 # Of the mean diagonal: an expert with a hundredth of the usual traffic is held half-way to zero.
 _RIDGE = 1e-2
 
@@ -62,10 +62,10 @@ def fit_compensation(
     k_active: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Fit one budget; the vectors are put into the attached layers and returned.
+    """Fit one budget; the attached layers' vectors of it are completed and returned.
 
     Args:
-        model: elastic, its layers with a ``Compensation`` whose vectors of this budget are zero.
+        model: elastic, its layers with a ``Compensation`` whose vectors of this budget are a first guess.
         windows: int64 ``[n, context]`` calibration tokens.
         position: of the budget among the fitted ones.
         k_active: the budget.
@@ -77,23 +77,20 @@ def fit_compensation(
     layers = elastic_layers(model)
     batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
     body = getattr(model, "base_model", model)
-    with budget(model, k_active):
-        for turn in range(ROUNDS):
-            sums = {layer.name: _Sums(layer) for layer, _ in layers}
-            handles = [
-                layer.module.register_forward_hook(_watch(sums[layer.name]), with_kwargs=True) for layer, _ in layers
-            ]
-            try:
-                for number, batch in enumerate(batches):
-                    body(input_ids=batch.to(model.device), use_cache=False)
-                    if progress:
-                        progress(turn * len(batches) + number + 1, ROUNDS * len(batches))
-            finally:
-                for handle in handles:
-                    handle.remove()
-            for layer, state in layers:
-                vectors = _vectors(state)
-                vectors[position] += sums[layer.name].solve().to(vectors.device)
+    sums = {layer.name: _Sums(layer) for layer, _ in layers}
+    handles = [layer.module.register_forward_hook(_watch(sums[layer.name]), with_kwargs=True) for layer, _ in layers]
+    try:
+        with budget(model, k_active):
+            for number, batch in enumerate(batches):
+                body(input_ids=batch.to(model.device), use_cache=False)
+                if progress:
+                    progress(number + 1, len(batches))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer, state in layers:
+        vectors = _vectors(state)
+        vectors[position] += sums[layer.name].solve().to(vectors.device)
     return {layer.name: _vectors(state)[position].cpu() for layer, state in layers}
 
 

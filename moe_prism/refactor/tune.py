@@ -83,7 +83,7 @@ def tune(
             for layer, state in elastic_layers(model):
                 zeros = torch.zeros(len(fitted), layer.num_experts, layer.hidden_size)
                 state.compensation = Compensation(zeros, fitted, full) if fitted else None
-            for position, k_active in enumerate(fitted):
+            for position, k_active in reversed(list(enumerate(fitted))):
                 _fit(model, windows, position, k_active, work, lambda done, total: tell("compensate", done, total))
             for layer, state in elastic_layers(model):
                 if state.compensation is not None:
@@ -106,9 +106,12 @@ def _fit(
     tell: Callable[[int, int], None],
 ) -> None:
     kept = work.vectors(k_active)
-    if kept is None:
-        work.keep_vectors(k_active, fit_compensation(model, windows, position, k_active, tell))
-        return
     for layer, state in elastic_layers(model):
         assert state.compensation is not None  # the caller attached it
-        state.compensation.vectors[position] = kept[layer.name]
+        vectors = state.compensation.vectors
+        if kept is not None:
+            vectors[position] = kept[layer.name]
+        elif position + 1 < len(vectors):
+            vectors[position] = vectors[position + 1]
+    if kept is None:
+        work.keep_vectors(k_active, fit_compensation(model, windows, position, k_active, tell))

@@ -1,0 +1,219 @@
+"""The frontier, method by method at equal total routed cost: excess loss, KL and top-1 agreement over the full model.
+
+    python tools/frontier.py --model models/reference --data ../shared/data --out build/frontier/frontier.json
+    make frontier
+
+Every row is the public way: a recipe refactors the model, and the largest budget whose cost, scoring included, is
+within the share is measured. Rows are kept one by one, so a run that was stopped goes on where it was. The baseline
+is the original model with fewer whole experts. FLOPs and bytes of a token that is alone in its step are the same
+share for all rows here, since every weight that is used is read once. Knows nothing of time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import matplotlib as mpl
+import torch
+
+from moe_prism import Recipe, make_elastic
+from moe_prism.checkpoint.atomic import replace_file
+from moe_prism.elastic import budget, cost_shares, full_budget, load_elastic, routed_experts
+from moe_prism.errors import PrismError
+from moe_prism.evaluation.environment import machine, versions
+from moe_prism.evaluation.measure import Run, measure
+from moe_prism.evaluation.points import RunResult, paired_difference
+from moe_prism.evaluation.text import read_text, text_name, tokenize, windows
+from moe_prism.experts import find_expert_layers
+from moe_prism.refactor import load_stock
+
+SHARES = (0.75, 0.5, 0.25)
+_PAPER = {"solver": "annealing", "impact": "activation"}
+_STATIC = {"solver": "importance", "gate": "static"}
+METHODS: dict[str, dict[str, Any]] = {
+    "paper: proxy": _PAPER | {"gate": "proxy", "gate_options": {"weighted": False}},
+    "paper: linear": _PAPER | {"gate": "linear"},
+    "balanced, weighted proxy": {"solver": "balanced", "gate": "proxy"},
+    "static": _STATIC,
+    "static, compensated": _STATIC | {"compensation_budgets": 8},
+    "gate-first": _STATIC | {"neurons": "gate-first"},
+    "gate-first, compensated": _STATIC | {"neurons": "gate-first", "compensation_budgets": 8},
+}
+BASELINE = "fewer experts"
+
+
+COLOURS = ("tab:gray", "tab:red", "tab:pink", "tab:orange", "tab:olive", "tab:green", "tab:cyan", "tab:blue")
+
+
+def budget_within(model: Any, share: float) -> int | None:
+    """The largest budget whose FLOPs and bytes stay within a share, to half a percent; None if no budget does."""
+    fits = [k for k in range(1, full_budget(model) + 1) if max(cost_shares(model, k)) <= share + 0.005]
+    return max(fits, default=None)
+
+
+def rows_of(model: Any, runs: dict[float, Run], texts: dict[str, torch.Tensor], known: dict[str, Any]) -> list[Any]:
+    """Every run on every text, as lines of the result."""
+    rows = []
+    for text, ids in texts.items():
+        results = measure(model, ids, [Run("full", None), *runs.values()])
+        for share, run in runs.items():
+            result: RunResult = results[run.name]
+            excess, error = paired_difference(result.nll, results["full"].nll)
+            figures = {"excess_nats": excess, "stderr": error, "kl": result.kl, "top1_agreement": result.top1_agreement}
+            rounded = {name: round(value, 6) for name, value in figures.items()}
+            rows.append(known | {"text": text, "share": share, "setting": run.name} | rounded)
+    return rows
+
+
+def baseline_rows(source: str, texts: dict[str, torch.Tensor]) -> list[Any]:
+    """The original with whole experts dropped."""
+    model, _ = load_stock(source, "float32")
+    top_k = find_expert_layers(model)[0].top_k
+    runs = {}
+    for share in SHARES:
+        k = int(share * top_k + 1e-9)
+        if k:
+            runs[share] = Run(f"{k} of {top_k} experts", partial(routed_experts, model, k))
+    return rows_of(model, runs, texts, {"method": BASELINE, "seed": None, "calibration": None})
+
+
+def method_rows(
+    args: argparse.Namespace, method: str, seed: int, calibration: Path, texts: dict[str, Any]
+) -> list[Any]:
+    """Refactor by one method, then measure."""
+    recipe = Recipe.of(METHODS[method] | {
+        "num_sub_experts": args.num_sub_experts, "calibration_tokens": args.calibration_tokens, "seed": seed,
+    })  # fmt: skip
+    folder = args.out.parent / "checkpoint"
+    shutil.rmtree(folder, ignore_errors=True)
+    # Another seed reads other calibration text: a static order has no other randomness.
+    text = args.out.parent / "calibration.txt"
+    characters = args.calibration_tokens * 16
+    text.write_text(read_text(calibration, characters * (seed + 1))[characters * seed :][:characters], encoding="utf-8")
+    make_elastic(args.model, folder, recipe, text=str(text), compute_dtype="float32")
+    model = load_elastic(folder, dtype="float32")
+    runs = {}
+    for share in SHARES:
+        k = budget_within(model, share)
+        if k is not None:
+            cost = max(cost_shares(model, k))
+            runs[share] = Run(f"budget {k} at {cost:.3f}", partial(budget, model, k))
+    return rows_of(model, runs, texts, {"method": method, "seed": seed, "calibration": text_name(calibration)})
+
+
+def table(rows: list[Any]) -> str:
+    """Mean excess over seeds, and its ratio to dropping experts, per calibration text, text and share."""
+    lines = ["| calibration | text | method | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |"]
+    lines.append("|" + "---|" * (3 + len(SHARES)))
+    for calibration in sorted({row["calibration"] for row in rows if row["calibration"]}):
+        for text in dict.fromkeys(row["text"] for row in rows):
+            for method in (BASELINE, *METHODS):
+                cells = []
+                for share in SHARES:
+                    mine = _mean(rows, method, calibration, text, share)
+                    base = _mean(rows, BASELINE, calibration, text, share)
+                    ratio = "" if mine is None or not base or method == BASELINE else f" ({mine / base:.2f})"
+                    cells.append("" if mine is None else f"{mine:+.4f}{ratio}")
+                if any(cells):
+                    lines.append(f"| {calibration} | {text} | {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean(rows: list[Any], method: str, calibration: str, text: str, share: float) -> float | None:
+    found = [
+        row["excess_nats"]
+        for row in rows
+        if (row["method"], row["text"], row["share"]) == (method, text, share)
+        and row["calibration"] in (None, calibration)
+    ]
+    return sum(found) / len(found) if found else None
+
+
+def plot(rows: list[Any], path: Path) -> None:
+    """Excess loss against cost, one panel a text, calibrated on the first calibration text."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    calibration = next(row["calibration"] for row in rows if row["calibration"])
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    figure, panels = plt.subplots(1, len(texts), figsize=(6 * len(texts), 4.5), squeeze=False)
+    for panel, text in zip(panels[0], texts, strict=True):
+        for method, colour in zip((BASELINE, *METHODS), COLOURS, strict=True):
+            points = [(s, _mean(rows, method, calibration, text, s)) for s in SHARES]
+            known = [(share, max(value, 1e-4)) for share, value in points if value is not None]
+            panel.plot(*zip(*known, strict=True), "o-", color=colour, label=method)
+        panel.set(yscale="log", title=text, xlabel="total routed cost", ylabel="excess loss, nats per token")
+        panel.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    """Measure what is missing, then write table and plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="models/reference")
+    parser.add_argument("--calibration", type=Path, nargs="+", required=True, help="the first with all seeds")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="held-out texts")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=16_384, help="of every held-out text")
+    parser.add_argument("--calibration-tokens", type=int, default=16_384)
+    parser.add_argument("--num-sub-experts", type=int, default=8)
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
+    parser.add_argument("--out", type=Path, default=Path("build/frontier/frontier.json"))
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "command": shlex.join(["python", *sys.argv]), "model": text_name(args.model), "tokens": args.tokens,
+        "calibration_tokens": args.calibration_tokens, "num_sub_experts": args.num_sub_experts,
+    }  # fmt: skip
+    rows: list[Any] = []
+    if args.out.exists():
+        before = json.loads(args.out.read_text())
+        if before["settings"] == settings:
+            rows = before["rows"]
+    model, tokenizer = load_stock(args.model, "float32")
+    where = machine(model)
+    texts = {
+        text_name(path): windows(tokenize(tokenizer, read_text(path, args.tokens * 16), args.tokens + 1), 256)
+        for path in args.text
+    }
+
+    def keep(new: list[Any]) -> None:
+        rows.extend(new)
+        record = {"settings": settings, "machine": where, "versions": versions(), "rows": rows}
+        replace_file(args.out, (json.dumps(record, indent=1) + "\n").encode())
+
+    def missing(method: str, seed: int | None, calibration: str | None) -> bool:
+        key = (method, seed, calibration)
+        return not any((row["method"], row["seed"], row["calibration"]) == key for row in rows)
+
+    try:
+        if missing(BASELINE, None, None):
+            keep(baseline_rows(args.model, texts))
+        for number, calibration in enumerate(args.calibration):
+            for seed in range(args.seeds if number == 0 else 1):
+                for method in args.methods:
+                    if missing(method, seed, text_name(calibration)):
+                        print(f"{calibration.name}, seed {seed}: {method}", file=sys.stderr, flush=True)
+                        keep(method_rows(args, method, seed, calibration, texts))
+    except PrismError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(rows))
+    plot(rows, args.out.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
