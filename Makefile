@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= build/demo
+RECIPE ?= recipes/gate-first.yaml
 
 # Texts of the reference model; the texts are not part of the repository.
 DATA    ?= ../shared/data
@@ -52,7 +53,7 @@ CALIBRATION := $(firstword $(TEXT))
 DEMO_TEXTS  := $(if $(wildcard $(CALIBRATION)),--calibration $(CALIBRATION) --text $(word 1,$(VALID)) --second-text $(word 2,$(VALID)))
 
 demo: $(VENV)/.base ## refactor the bundled model, measure it, write checkpoint and report to build/demo
-	$(BIN)/moe-prism demo --out $(OUT) --recipe recipes/reference.yaml $(DEMO_TEXTS) $(ARGS)
+	$(BIN)/moe-prism demo --out $(OUT) --recipe $(RECIPE) $(DEMO_TEXTS) $(ARGS)
 
 test: $(VENV)/.dev ## run the tests; ARGS='-k solver' narrows them
 	$(BIN)/python -m pytest -q $(ARGS)

@@ -1,0 +1,67 @@
+"""The table of methods at equal cost, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import frontier
+import pytest
+from making import WORDS, save_stock
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_stock(tmp_path_factory.mktemp("frontier") / "stock")
+
+
+def run(stock: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> dict:
+    words = [
+        "frontier.py", "--model", str(stock), "--calibration", str(folder / "text.txt"), "--text",
+        str(folder / "text.txt"), "--tokens", "512", "--calibration-tokens", "512", "--num-sub-experts", "4",
+        "--out", str(folder / "out" / "frontier.json"), *more,
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", words)
+    assert frontier.main() == 0
+    return json.loads((folder / "out" / "frontier.json").read_text())
+
+
+def test_every_method_is_measured_within_its_cost_and_only_once(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text(WORDS * 2000)
+    methods = ["paper: proxy", "static", "gate-first, compensated"]
+    found = run(stock, tmp_path, monkeypatch, "--seeds", "2", "--methods", *methods)
+    rows = found["rows"]
+    assert {row["method"] for row in rows} == {*methods, frontier.BASELINE}
+    assert {row["seed"] for row in rows if row["method"] == "static"} == {0, 1}
+    for row in rows:
+        assert row["excess_nats"] < 5
+        assert row["kl"] > -1e-3
+        if "at" in row["setting"]:
+            assert float(row["setting"].split(" at ")[1]) <= row["share"] + 0.0051
+    table = capsys.readouterr().out
+    assert table.count("gate-first, compensated") == 1
+    assert (tmp_path / "out" / "frontier.png").stat().st_size > 1000
+    monkeypatch.setattr(frontier, "make_elastic", None)  # nothing is left to do
+    assert run(stock, tmp_path, monkeypatch, "--seeds", "2", "--methods", *methods) == found
+
+
+def test_a_stopped_run_keeps_what_it_had(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.txt").write_text(WORDS * 2000)
+    real, calls = frontier.method_rows, []
+
+    def dies(*args):
+        calls.append(args[1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(frontier, "method_rows", dies)
+    how = ("--seeds", "1", "--methods", "static", "gate-first")
+    with pytest.raises(KeyboardInterrupt):
+        run(stock, tmp_path, monkeypatch, *how)
+    monkeypatch.setattr(frontier, "method_rows", real)
+    rows = run(stock, tmp_path, monkeypatch, *how)["rows"]
+    assert calls == ["static", "gate-first"]
+    assert sum(row["method"] == "static" for row in rows) == len(frontier.SHARES)
