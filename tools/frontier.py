@@ -5,8 +5,10 @@
 
 Every row is the public way: a recipe refactors the model, and the largest budget whose cost, scoring included, is
 within the share is measured. Rows are kept one by one, so a run that was stopped goes on where it was. The baseline
-is the original model with fewer whole experts. FLOPs and bytes of a token that is alone in its step are the same
-share for all rows here, since every weight that is used is read once. Knows nothing of time.
+is the original model with fewer whole experts; beside it stands the original with its experts rounded to 8 and 4 bits
+(groups of 32, to nearest), which saves bytes and no FLOPs: what users will ask about. FLOPs and bytes of a token that
+is alone in its step are the same share for all other rows, since every weight that is used is read once. Knows
+nothing of time.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import os
 import shlex
 import shutil
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,8 @@ METHODS: dict[str, dict[str, Any]] = {
 BASELINE = "fewer experts"
 
 
+ROUNDED = {8: "original, experts at 8 bits", 4: "original, experts at 4 bits"}
+GROUP = 32
 COLOURS = ("tab:gray", "tab:red", "tab:pink", "tab:orange", "tab:olive", "tab:green", "tab:cyan", "tab:blue")
 
 
@@ -85,6 +90,27 @@ def baseline_rows(source: str, texts: dict[str, torch.Tensor]) -> list[Any]:
         if k:
             runs[share] = Run(f"{k} of {top_k} experts", partial(routed_experts, model, k))
     return rows_of(model, runs, texts, {"method": BASELINE, "seed": None, "calibration": None})
+
+
+@torch.no_grad()
+def round_weights(weight: torch.Tensor, bits: int) -> None:
+    """Round to nearest in place, along the last dimension in groups of 32 with one scale each."""
+    groups = weight.unflatten(-1, (-1, min(GROUP, weight.shape[-1])))
+    most = 2 ** (bits - 1) - 1
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / most
+    weight.copy_(((groups / scale).round().clamp(-most - 1, most) * scale).flatten(-2))
+
+
+def quantised_rows(source: str, texts: dict[str, torch.Tensor], bits: int) -> list[Any]:
+    """The original with all experts at a few bits; the share is of bytes, a 16-bit scale for every group included."""
+    model, _ = load_stock(source, "float32")
+    rounded, _ = load_stock(source, "float32")
+    for layer in find_expert_layers(rounded):
+        for parameter in (layer.module.gate_up_proj, layer.module.down_proj):
+            round_weights(parameter.data, bits)  # type: ignore[arg-type]
+    share = (bits + 16 / GROUP) / 16
+    run = Run("every expert", nullcontext, rounded)
+    return rows_of(model, {share: run}, texts, {"method": ROUNDED[bits], "seed": None, "calibration": None})
 
 
 def method_rows(
@@ -126,6 +152,11 @@ def table(rows: list[Any]) -> str:
                     cells.append("" if mine is None else f"{mine:+.4f}{ratio}")
                 if any(cells):
                     lines.append(f"| {calibration} | {text} | {method} | {' | '.join(cells)} |")
+    lines += ["", "| text | method | bytes | FLOPs | excess |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row["method"] in ROUNDED.values():
+            cells = (row["text"], row["method"], f"{row['share']:.3f}", "1", f"{row['excess_nats']:+.4f}")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -201,6 +232,9 @@ def main() -> int:
     try:
         if missing(BASELINE, None, None):
             keep(baseline_rows(args.model, texts))
+        for bits, name in ROUNDED.items():
+            if missing(name, None, None):
+                keep(quantised_rows(args.model, texts, bits))
         for number, calibration in enumerate(args.calibration):
             for seed in range(args.seeds if number == 0 else 1):
                 for method in args.methods:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import frontier
 import pytest
+import torch
 from making import WORDS, save_stock
 
 
@@ -33,7 +34,7 @@ def test_every_method_is_measured_within_its_cost_and_only_once(
     methods = ["paper: proxy", "static", "gate-first, compensated"]
     found = run(stock, tmp_path, monkeypatch, "--seeds", "2", "--methods", *methods)
     rows = found["rows"]
-    assert {row["method"] for row in rows} == {*methods, frontier.BASELINE}
+    assert {row["method"] for row in rows} == {*methods, frontier.BASELINE, *frontier.ROUNDED.values()}
     assert {row["seed"] for row in rows if row["method"] == "static"} == {0, 1}
     for row in rows:
         assert row["excess_nats"] < 5
@@ -45,6 +46,18 @@ def test_every_method_is_measured_within_its_cost_and_only_once(
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 1000
     monkeypatch.setattr(frontier, "make_elastic", None)  # nothing is left to do
     assert run(stock, tmp_path, monkeypatch, "--seeds", "2", "--methods", *methods) == found
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_keeps_every_group_within_half_a_step(bits: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(3, 5, 64)
+    rounded = weight.clone()
+    frontier.round_weights(rounded, bits)
+    step = weight.view(3, 5, 2, 32).abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    assert ((rounded - weight).view(3, 5, 2, 32).abs() <= step / 2 + 1e-6).all()
+    for group in rounded.view(-1, 32):
+        assert len(group.unique()) <= 2**bits
 
 
 def test_a_stopped_run_keeps_what_it_had(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
