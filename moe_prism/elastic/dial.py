@@ -151,8 +151,11 @@ class Dial:
         if not bool(self.plan.skips[budgets].any()):
             return step, None
         scan = self.plan.scan[budgets]
-        floor = None if step.k_min is None else self.plan.scan[step.k_min.cpu()].to(step.k_active.device)
-        looked = StepBudgets(scan.to(step.k_active.device), floor, step.cap, int(scan.sum()))
+        device = step.k_active.device
+        if step.k_min is None:
+            looked = StepBudgets(scan.to(device), pairs=int(scan.sum()))
+        else:  # how many pairs there are depends on what the batch loads
+            looked = StepBudgets(scan.to(device), self.plan.scan[step.k_min.cpu()].to(device), step.cap)
         return looked, self.plan.neurons[budgets]
 
     def _step(self, budgets: Tensor, pairs: int) -> StepBudgets:

@@ -15,6 +15,7 @@ import moe_prism
 from moe_prism.elastic import budget, dial_of, set_budget
 from moe_prism.elastic.budgets import elastic_layers
 from moe_prism.elastic.compensation import Compensation, interpolation
+from moe_prism.elastic.executors import CpuExecutor
 from moe_prism.elastic.plan import Plan, neurons_within
 from moe_prism.errors import PrismError
 
@@ -113,6 +114,26 @@ def test_floors_and_neurons_go_together(model) -> None:
         torch.testing.assert_close(logits(model), alone, atol=1e-5, rtol=1e-4)
     finally:
         set_budget(model, "full")
+
+
+def test_a_lone_token_looks_at_its_floor_only(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+    real = CpuExecutor.run_some
+
+    def spy(self, module, x, selection, n, rule):
+        looked.append(len(selection.token))
+        return real(self, module, x, selection, n, rule)
+
+    monkeypatch.setattr(CpuExecutor, "run_some", spy)
+    dial = dial_of(model)
+    before, scan = dial.plan, [min(16, 2 * k) for k in range(1, 17)]
+    try:
+        dial.plan = Plan(scan, elastic_layers(model)[0][0].num_neurons // 4)
+        with torch.no_grad(), budget(model, 7, k_min=3):
+            model(tokens()[:1, :1])
+    finally:
+        dial.plan = before
+    assert looked == [scan[2]] * len(elastic_layers(model))
 
 
 def test_what_cannot_skip_neurons_is_refused(tmp_path: Path) -> None:
