@@ -25,7 +25,13 @@ from ..evaluation.sweep import sweep
 from .pipeline import Progress, load_stock, make_elastic, refactor_model
 from .recipe import Recipe
 
-_PARTITION: dict[str, Any] = {"solver": "annealing", "solver_options": {}, "impact": "activation"}
+_PARTITION: dict[str, Any] = {
+    "solver": "annealing",
+    "solver_options": {},
+    "impact": "activation",
+    "neurons": "all",
+    "compensation_budgets": 0,
+}
 # The paper's own partition and gates: annealing on plain activations, no routing weight in the proxy's score.
 PAPER: dict[str, dict[str, Any]] = {
     "paper: proxy": _PARTITION | {"gate": "proxy", "gate_options": {"weighted": False}},

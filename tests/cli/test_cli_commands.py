@@ -106,14 +106,17 @@ def test_some_budgets_without_any_text(made, tmp_path) -> None:
 
 
 def test_the_demo_on_a_tiny_model(made, tmp_path) -> None:
-    args = ("demo", "--model", made / "stock", "--out", tmp_path, "--recipe", made / "recipe.yaml", "--tokens", 512)
+    recipe = tmp_path / "recipe.yaml"
+    plain = (made / "recipe.yaml").read_text()
+    recipe.write_text(plain + "\nsolver: importance\ngate: static\nneurons: gate-first\ncompensation_budgets: 2\n")
+    args = ("demo", "--model", made / "stock", "--out", tmp_path / "demo", "--recipe", recipe, "--tokens", 512)
     done = run(*args)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("old captain") == 3  # the tiny vocabulary has no capital letter
-    points = json.loads((tmp_path / "report" / "operating_points.json").read_text())
+    points = json.loads((tmp_path / "demo" / "report" / "operating_points.json").read_text())
     assert set(points["paper_gates"]) == {"paper: proxy", "paper: linear"}
     assert points["distinct_stable"]["baseline"] is not None
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["elastic", "report"]
+    assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == ["elastic", "report"]
 
 
 def altered(made: Path, tmp_path: Path, name: str, how: str) -> Path:
