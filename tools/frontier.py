@@ -1,6 +1,6 @@
 """The frontier, method by method at equal total routed cost: excess loss, KL and top-1 agreement over the full model.
 
-    python tools/frontier.py --model models/reference --data ../shared/data --out build/frontier/frontier.json
+    python tools/frontier.py --calibration CALIBRATION.txt --text HELD-OUT.txt
     make frontier
 
 Every row is the public way: a recipe refactors the model, and the largest budget whose cost, scoring included, is
@@ -53,8 +53,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "gate-first, compensated": _STATIC | {"neurons": "gate-first", "compensation_budgets": 8},
 }
 BASELINE = "fewer experts"
-
-
 ROUNDED = {8: "original, experts at 8 bits", 4: "original, experts at 4 bits"}
 GROUP = 32
 COLOURS = ("tab:gray", "tab:red", "tab:pink", "tab:orange", "tab:olive", "tab:green", "tab:cyan", "tab:blue")

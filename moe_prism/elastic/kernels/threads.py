@@ -19,8 +19,6 @@ import numba
 import torch
 
 _LARGEST_POOL: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-
-
 # Turns that a waiting thread spins: about half a millisecond, longer than the work between two layers.
 _SPIN = "30000"
 _SPIN_VARIABLE = "GOMP_SPINCOUNT"
