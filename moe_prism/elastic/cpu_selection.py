@@ -26,11 +26,18 @@ def select(scores: Tensor, weights: Tensor, index: Tensor, budgets: Tensor, weig
         budgets: int64 ``[T]``, at least 1.
         weighted: multiply scores by routing weights.
     """
-    token, slot, sub_expert = _select(
-        scores.float().numpy(), weights.float().numpy(), index.numpy(), budgets.numpy(), weighted
-    )
-    token, slot = torch.from_numpy(token), torch.from_numpy(slot)
-    return Selection(token, slot, torch.from_numpy(sub_expert), weights[token, slot])
+    found = _select(scores.float().numpy(), weights.float().numpy(), index.numpy(), budgets.numpy(), weighted)
+    return Selection(*map(torch.from_numpy, found))
+
+
+def select_all(weights: Tensor, index: Tensor) -> Selection:
+    """Full budget: every token's routed experts, as a selection with one sub-expert per expert.
+
+    Args:
+        weights: ``[T, k]`` routing weights.
+        index: int64 ``[T, k]`` routed experts.
+    """
+    return Selection(*map(torch.from_numpy, _select_all(weights.float().numpy(), index.numpy())))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -65,5 +72,25 @@ def _select(scores: Any, weights: Any, index: Any, budgets: Any, weighted: bool)
             slot[count] = j // n
             sub_expert[count] = index[t, j // n] * n + j % n
             count += 1
-    by_sub_expert = np.argsort(sub_expert * tokens + token, kind="mergesort")
-    return token[by_sub_expert], slot[by_sub_expert], sub_expert[by_sub_expert]
+    return _sorted(token, slot, sub_expert, weights)
+
+
+@numba.njit(cache=True, nogil=True)
+def _select_all(weights: Any, index: Any) -> Any:
+    tokens, k = index.shape
+    token = np.empty(tokens * k, np.int64)
+    slot = np.empty(tokens * k, np.int64)
+    expert = np.empty(tokens * k, np.int64)
+    for t in range(tokens):
+        for s in range(k):
+            token[t * k + s], slot[t * k + s], expert[t * k + s] = t, s, index[t, s]
+    return _sorted(token, slot, expert, weights)
+
+
+@numba.njit(cache=True, nogil=True)
+def _sorted(token: Any, slot: Any, sub_expert: Any, weights: Any) -> Any:
+    order = np.argsort(sub_expert * weights.shape[0] + token, kind="mergesort")
+    weight = np.empty(order.shape[0], np.float32)
+    for i in range(order.shape[0]):
+        weight[i] = weights[token[order[i]], slot[order[i]]]
+    return token[order], slot[order], sub_expert[order], weight

@@ -19,7 +19,7 @@ from ..experts.neurons import down_bias
 from ..gates import Gate
 from .batch_selection import choose
 from .compensation import Compensation
-from .cpu_selection import select
+from .cpu_selection import select, select_all
 from .dial import Dial
 from .executors import CpuExecutor, NeuronRule, choose_executor
 from .selection import gather_selection, pooled_scores, whole_experts
@@ -89,12 +89,14 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     if module._is_expert_parallel:
         valid = top_k_index < experts
         index = top_k_index.clamp(max=experts - 1)
+    plain = valid is None and hidden_states.device.type == "cpu"
     if step is None or look is None:
-        out = executor.run(module, hidden_states, whole_experts(index, top_k_weights, valid), 1)
+        everything = select_all(top_k_weights.detach(), index) if plain else whole_experts(index, top_k_weights, valid)
+        out = executor.run(module, hidden_states, everything, 1)
     else:
         scores = state.gate.score(module, state.on(hidden_states.device), hidden_states, index, n)
         weighted = state.gate.weighted
-        if look.k_min is None and valid is None and hidden_states.device.type == "cpu":
+        if look.k_min is None and plain:
             selection = select(scores.values.detach(), top_k_weights.detach(), index, look.k_active, weighted)
         else:
             pooled = pooled_scores(scores.values, top_k_weights, weighted, valid)

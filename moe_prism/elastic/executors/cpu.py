@@ -113,8 +113,7 @@ class CpuExecutor(Executor):
         rows = packed_rows(module)
         assert rows is not None  # refusal was asked
         neurons = rows.down.shape[1]
-        out = torch.zeros(x.shape, dtype=torch.float32)
-        gated_neurons(
+        out = gated_neurons(
             as_rows(rows.gate_up),
             as_rows(rows.down),
             _tokens(x),
@@ -126,36 +125,38 @@ class CpuExecutor(Executor):
             0.0 if rule.threshold is None else rule.threshold,
             neurons,
             n,
-            out.numpy(),
         )
-        return out.to(x.dtype)
+        return _output(out, x)
 
 
 def _tokens(x: Tensor) -> NDArray[np.generic]:
     return as_rows(x.contiguous()) if x.dtype in DTYPES else x.float().numpy()
 
 
+def _output(out: NDArray[np.generic], x: Tensor) -> Tensor:
+    """What a kernel returned for ``_tokens(x)``, in the dtype of ``x``."""
+    tensor = torch.from_numpy(out)
+    return tensor.view(torch.bfloat16) if x.dtype == torch.bfloat16 else tensor.to(x.dtype)
+
+
 def _run_plain(rows: PackedRows, x: Tensor, selection: Selection, n: int, computed: Tensor | None) -> Tensor:
-    weight = selection.weight.float()
     known = (
-        torch.empty(len(weight), 0)
+        np.empty((len(selection.weight), 0), np.float32)
         if computed is None
-        else computed[selection.token, selection.slot, selection.sub_expert % n].float()
+        else computed[selection.token, selection.slot, selection.sub_expert % n].float().numpy()
     )
-    out = torch.zeros(x.shape, dtype=torch.float32)
-    gated_experts(
+    out = gated_experts(
         as_rows(rows.gate_up),
         as_rows(rows.down),
         _tokens(x),
         selection.token.numpy(),
         selection.sub_expert.numpy(),
-        weight.numpy(),
-        known.numpy(),
+        selection.weight.float().numpy(),
+        known,
         rows.down.shape[1],
         n,
-        out.numpy(),
     )
-    return out.to(x.dtype)
+    return _output(out, x)
 
 
 def project(module: nn.Module, rows: PackedRows, x: Tensor, groups: Groups, n: int, skipped: int) -> Tensor:

@@ -87,3 +87,24 @@ def _widen(_context: Any, value: Any) -> Any:
 
 
 widen: Any = intrinsic(_widen)
+
+
+def _narrow(_context: Any, value: Any, like: Any) -> Any:
+    """An fp32 value in the dtype of ``like``: itself, or rounded to nearest even as the bits of a bfloat16."""
+    if value != types.float32 or like not in (types.float32, types.uint16):
+        return None
+    if like == types.float32:
+        return types.float32(value, like), lambda _c, _b, _s, arguments: arguments[0]
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], word)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+        near = builder.lshr(builder.add(bits, builder.add(odd, ir.Constant(word, 0x7FFF))), ir.Constant(word, 16))
+        number = builder.fcmp_ordered("ord", arguments[0], arguments[0])
+        return builder.trunc(builder.select(number, near, ir.Constant(word, 0x7FC0)), ir.IntType(16))
+
+    return types.uint16(value, like), generate
+
+
+narrow: Any = intrinsic(_narrow)

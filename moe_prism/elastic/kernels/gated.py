@@ -12,7 +12,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from .compiled import RUN, inner, parallel, serial, share_tasks, widen
+from .compiled import RUN, inner, narrow, parallel, serial, share_tasks, widen
 from .products import multiply_run
 from .sums import add_run
 from .threads import Kernel
@@ -44,6 +44,19 @@ def widened(x: Array) -> Array:
 
 
 @serial
+def total(sums: Array, like: Array) -> Array:
+    """The threads' sums ``[threads, T, H]`` added up, in the dtype of ``like``, the tokens ``[T, H]``."""
+    out = np.empty(like.shape, like.dtype)
+    for t in range(out.shape[0]):
+        for h in range(out.shape[1]):
+            value = sums[0, t, h]
+            for thread in range(1, sums.shape[0]):
+                value += sums[thread, t, h]
+            out[t, h] = narrow(value, like[t, h])
+    return out
+
+
+@serial
 def run_starts(sub_expert: Array) -> Array:
     """Where runs of equal values begin, and their end: int64 ``[G + 1]``."""
     pairs = sub_expert.shape[0]
@@ -68,8 +81,7 @@ def _gated_experts(
     known: Array,
     neurons: int,
     n: int,
-    out: Array,
-) -> None:
+) -> Array:
     pairs, size, r = token.shape[0], neurons // n, known.shape[1]
     tokens = widened(x)
     starts = run_starts(sub_expert)
@@ -86,7 +98,7 @@ def _gated_experts(
                 gate_up, row, end - begin, tokens, token, starts[group], starts[group + 1], hidden, part * size + begin
             )
     bounds = share_tasks(starts, runs, 1, threads)
-    sums = np.zeros((threads, out.shape[0], out.shape[1]), np.float32)
+    sums = np.zeros((threads, x.shape[0], x.shape[1]), np.float32)
     for thread in numba.prange(threads):
         for task in range(bounds[thread], bounds[thread + 1]):
             group, begin = task // runs, task % runs * RUN
@@ -95,8 +107,7 @@ def _gated_experts(
             _activate(hidden, weight, known, begin, end, s0, s1)
             row = sub_expert[s0] * size + begin
             add_run(down, row, end - begin, hidden[:, begin:], token, s0, s1, sums[thread])
-    for thread in range(threads):
-        out += sums[thread]
+    return total(sums, x)
 
 
 gated_experts = Kernel(serial(_gated_experts), parallel(_gated_experts))
@@ -104,5 +115,6 @@ gated_experts = Kernel(serial(_gated_experts), parallel(_gated_experts))
 
 Called with: gate_up ``[E * 2C, H]`` and down ``[E * C, H]`` (uint16 bits of bfloat16, or fp32); x ``[T, H]``, either;
 token, sub_expert int64 ``[S]``, sorted by sub-expert; weight fp32 ``[S]``; known fp32 ``[S, r]``, activations of the
-first r neurons that need not be computed; neurons: C; n: sub-experts of an expert; out fp32 ``[T, H]``, added to.
+first r neurons that need not be computed; neurons: C; n: sub-experts of an expert. Returns ``[T, H]`` in the dtype of
+x, rounded once.
 """

@@ -1,8 +1,7 @@
 """Innermost loops over the hidden size.
 
-Rows are sliced before a loop, so that an index cannot be negative and the loop vectorises. Four rows at
-once hide the latency of memory at one token; two rows times four tokens fill the registers of AVX2.
-Knows nothing of threads.
+Rows are sliced before a loop, so that an index cannot be negative and the loop vectorises. Two rows times four
+tokens fill the registers of AVX2; four rows for one token are in ``streams``. Knows nothing of threads.
 """
 
 from __future__ import annotations
@@ -14,20 +13,6 @@ import numpy as np
 from .compiled import inner, widen
 
 Array = Any
-
-
-@inner
-def dot_4_rows(rows: Array, r0: int, r1: int, r2: int, r3: int, v: Array) -> Any:
-    """Four rows times one token."""
-    a, b, c, d = rows[r0], rows[r1], rows[r2], rows[r3]
-    s0 = s1 = s2 = s3 = np.float32(0)
-    for h in range(v.shape[0]):
-        x = v[h]
-        s0 += widen(a[h]) * x
-        s1 += widen(b[h]) * x
-        s2 += widen(c[h]) * x
-        s3 += widen(d[h]) * x
-    return s0, s1, s2, s3
 
 
 @inner
@@ -67,17 +52,6 @@ def dot_2_rows_4_tokens(a: Array, b: Array, x0: Array, x1: Array, x2: Array, x3:
         b2 += wb * x2[h]
         b3 += wb * x3[h]
     return a0, a1, a2, a3, b0, b1, b2, b3
-
-
-@inner
-def add_8_rows(
-    y: Array, w: Array, a: Array, b: Array, c: Array, d: Array, e: Array, f: Array, g: Array, h: Array
-) -> None:
-    """``y += sum of w[i] * row i`` over eight rows."""
-    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
-    for j in range(y.shape[0]):
-        first = w0 * widen(a[j]) + w1 * widen(b[j]) + w2 * widen(c[j]) + w3 * widen(d[j])
-        y[j] += first + (w4 * widen(e[j]) + w5 * widen(f[j]) + w6 * widen(g[j]) + w7 * widen(h[j]))
 
 
 @inner

@@ -12,9 +12,10 @@ import numba
 import numpy as np
 
 from .compiled import RUN, inner, parallel, serial, share_tasks
-from .gated import run_starts, widened
-from .micro import add_8_rows, add_row, dot, dot_4_rows
+from .gated import run_starts, total, widened
+from .micro import add_row, dot
 from .products import multiply_run
+from .streams import add_4_rows, dot_4_rows
 from .threads import Kernel
 
 Array = Any
@@ -73,21 +74,17 @@ def _run_neurons(
     gate_up: Array, down: Array, x: Array, active: Array, up_row: Array, down_row: Array, token: Array, out: Array
 ) -> None:
     """``out[token] += active * (up row . x[token]) * down row``, neuron by neuron."""
-    hidden = np.empty(8, np.float32)
     i, stop = 0, token.shape[0]
     while i < stop:
         v, y = x[token[i]], out[token[i]]
-        if i + 8 <= stop and token[i] == token[i + 7]:
-            u, d = up_row[i : i + 8], down_row[i : i + 8]
-            hidden[0], hidden[1], hidden[2], hidden[3] = dot_4_rows(gate_up, u[0], u[1], u[2], u[3], v)
-            hidden[4], hidden[5], hidden[6], hidden[7] = dot_4_rows(gate_up, u[4], u[5], u[6], u[7], v)
-            for j in range(8):
-                hidden[j] *= active[i + j]
-            add_8_rows(
-                y, hidden,
-                down[d[0]], down[d[1]], down[d[2]], down[d[3]], down[d[4]], down[d[5]], down[d[6]], down[d[7]],
-            )  # fmt: skip
-            i += 8
+        if i + 4 <= stop and token[i] == token[i + 3]:
+            a, u, d = active[i : i + 4], up_row[i : i + 4], down_row[i : i + 4]
+            j = i + 4 if i + 8 <= stop else i
+            p, q = up_row[j : j + 4], down_row[j : j + 4]
+            h0, h1, h2, h3 = dot_4_rows(gate_up, (u[0], u[1], u[2], u[3]), (p[0], p[1], p[2], p[3]), v)
+            weights = (a[0] * h0, a[1] * h1, a[2] * h2, a[3] * h3)
+            add_4_rows(y, weights, down, (d[0], d[1], d[2], d[3]), (q[0], q[1], q[2], q[3]))
+            i += 4
         else:
             add_row(y, active[i] * dot(gate_up[up_row[i]], v), down[down_row[i]])
             i += 1
@@ -106,8 +103,7 @@ def _gated_neurons(
     threshold: float,
     neurons: int,
     n: int,
-    out: Array,
-) -> None:
+) -> Array:
     pairs, size = token.shape[0], neurons // n
     tokens = widened(x)
     starts = run_starts(sub_expert)
@@ -132,12 +128,11 @@ def _gated_neurons(
     active = np.empty(pair.shape[0], np.float32)
     for i in range(pair.shape[0]):
         active[i] = gate[pair[i], neuron[i]]
-    sums = np.zeros((threads, out.shape[0], out.shape[1]), np.float32)
+    sums = np.zeros((threads, x.shape[0], x.shape[1]), np.float32)
     for thread in numba.prange(threads):
         a, b = thread * pair.shape[0] // threads, (thread + 1) * pair.shape[0] // threads
         _run_neurons(gate_up, down, tokens, active[a:b], up_row[a:b], down_row[a:b], owner[a:b], sums[thread])
-    for thread in range(threads):
-        out += sums[thread]
+    return total(sums, x)
 
 
 gated_neurons = Kernel(serial(_gated_neurons), parallel(_gated_neurons))

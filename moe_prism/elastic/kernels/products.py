@@ -11,7 +11,8 @@ from typing import Any
 import numba
 
 from .compiled import RUN, parallel, serial, share_tasks
-from .micro import dot, dot_2_rows_2_tokens, dot_2_rows_4_tokens, dot_4_rows
+from .micro import dot, dot_2_rows_2_tokens, dot_2_rows_4_tokens
+from .streams import dot_4_rows
 from .threads import Kernel
 
 Array = Any
@@ -53,9 +54,9 @@ def multiply_run(
         v = x[token[s]]
         r = 0
         while r + 4 <= count:
-            o = column + r
+            o, i = column + r, row + r
             out[s, o], out[s, o + 1], out[s, o + 2], out[s, o + 3] = dot_4_rows(
-                rows, row + r, row + r + 1, row + r + 2, row + r + 3, v
+                rows, (i, i + 1, i + 2, i + 3), (i + 4, i + 5, i + 6, i + 7), v
             )
             r += 4
         while r < count:

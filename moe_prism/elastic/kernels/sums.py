@@ -12,7 +12,8 @@ import numba
 import numpy as np
 
 from .compiled import RUN, parallel, serial, share_tasks
-from .micro import add_4_rows_2_tokens, add_8_rows, add_row
+from .micro import add_4_rows_2_tokens, add_row
+from .streams import add_4_rows
 from .threads import Kernel
 
 Array = Any
@@ -21,18 +22,15 @@ _TILE = 512
 
 
 @serial
-def _add_to_one(rows: Array, row: int, count: int, w: Array, y: Array, j0: int, j1: int) -> None:
+def _add_to_one(rows: Array, row: int, count: int, w: Array, y: Array) -> None:
     c = 0
-    while c + 8 <= count:
+    while c + 4 <= count:
         r = row + c
-        add_8_rows(
-            y, w[c : c + 8],
-            rows[r, j0:j1], rows[r + 1, j0:j1], rows[r + 2, j0:j1], rows[r + 3, j0:j1],
-            rows[r + 4, j0:j1], rows[r + 5, j0:j1], rows[r + 6, j0:j1], rows[r + 7, j0:j1],
-        )  # fmt: skip
-        c += 8
+        four = (w[c], w[c + 1], w[c + 2], w[c + 3])
+        add_4_rows(y, four, rows, (r, r + 1, r + 2, r + 3), (r + 4, r + 5, r + 6, r + 7))
+        c += 4
     while c < count:
-        add_row(y, w[c], rows[row + c, j0:j1])
+        add_row(y, w[c], rows[row + c])
         c += 1
 
 
@@ -56,16 +54,14 @@ def _add_to_two(rows: Array, row: int, count: int, w: Array, v: Array, y: Array,
 def add_run(rows: Array, row: int, count: int, weight: Array, token: Array, s0: int, s1: int, out: Array) -> None:
     """``count`` consecutive rows, weighted by ``weight[s]``, added to the tokens ``s0 .. s1`` of a group."""
     hidden = rows.shape[1]
-    tile = hidden if s1 - s0 == 1 else _TILE
-    for j0 in range(0, hidden, tile):
-        j1 = min(j0 + tile, hidden)
-        s = s0
-        while s + 2 <= s1:
+    paired = s0 + (s1 - s0) // 2 * 2
+    for j0 in range(0, hidden if paired > s0 else 0, _TILE):
+        j1 = min(j0 + _TILE, hidden)
+        for s in range(s0, paired, 2):
             y, z = out[token[s], j0:j1], out[token[s + 1], j0:j1]
             _add_to_two(rows, row, count, weight[s], weight[s + 1], y, z, j0, j1)
-            s += 2
-        if s < s1:
-            _add_to_one(rows, row, count, weight[s], out[token[s], j0:j1], j0, j1)
+    if paired < s1:
+        _add_to_one(rows, row, count, weight[paired], out[token[paired]])
 
 
 def _add_rows(

@@ -55,16 +55,15 @@ os.register_at_fork(after_in_child=_POOL.after_fork)
 class Kernel:
     """One kernel, compiled twice; its first argument, the number of threads, is filled in by the call."""
 
-    def __init__(self, serial: Callable[..., None], parallel: Callable[..., None]) -> None:
+    def __init__(self, serial: Callable[..., Any], parallel: Callable[..., Any]) -> None:
         self._serial = serial
         self._parallel = parallel
 
-    def __call__(self, *arguments: Any) -> None:
+    def __call__(self, *arguments: Any) -> Any:
         """Run with ``torch.get_num_threads()`` threads."""
         threads = min(torch.get_num_threads(), _LARGEST_POOL)
         if threads == 1 or _POOL.forked:
-            self._serial(1, *arguments)
-            return
+            return self._serial(1, *arguments)
         with _POOL.lock:
             _POOL.set_threads(threads)
-            self._parallel(threads, *arguments)
+            return self._parallel(threads, *arguments)

@@ -1,0 +1,78 @@
+"""Pieces of the compiled kernels against NumPy and torch."""
+
+import numba
+import numpy as np
+import pytest
+import torch
+
+from moe_prism.elastic.kernels.compiled import narrow
+from moe_prism.elastic.kernels.streams import add_4_rows, dot_4_rows
+
+
+@numba.njit
+def dots(rows, at, ahead, v):
+    return dot_4_rows(rows, (at[0], at[1], at[2], at[3]), (ahead[0], ahead[1], ahead[2], ahead[3]), v)
+
+
+@numba.njit
+def sums(y, w, rows, at, ahead):
+    add_4_rows(
+        y, (w[0], w[1], w[2], w[3]), rows, (at[0], at[1], at[2], at[3]), (ahead[0], ahead[1], ahead[2], ahead[3])
+    )
+
+
+@numba.njit
+def narrowed(values, like):
+    out = np.empty(values.shape, like.dtype)
+    for i in range(values.shape[0]):
+        out[i] = narrow(values[i], like[0])
+    return out
+
+
+def weights(hidden, bfloat16, seed=0):
+    """Rows as a kernel takes them, and their values."""
+    values = torch.randn(9, hidden, generator=torch.Generator().manual_seed(seed))
+    if bfloat16:
+        values = values.bfloat16()
+        return values.view(torch.int16).numpy().view(np.uint16), values.double().numpy()
+    return values.numpy(), values.double().numpy()
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize("hidden", [1, 15, 16, 17, 64, 83])
+def test_four_rows_in_any_order_with_rows_ahead_that_need_not_exist(hidden, bfloat16):
+    rows, values = weights(hidden, bfloat16)
+    v = np.random.default_rng(1).normal(size=hidden).astype(np.float32)
+    for at, ahead in (([0, 1, 2, 3], [4, 5, 6, 7]), ([8, 2, 2, 5], [9, 10, 1 << 40, -1])):
+        at, ahead = np.array(at), np.array(ahead)
+        assert np.allclose(dots(rows, at, ahead, v), values[at] @ v.astype(np.float64), rtol=1e-5, atol=1e-5)
+        w = np.array([0.5, -2, 3, 0.1], np.float32)
+        y = v.copy()
+        sums(y, w, rows, at, ahead)
+        assert np.allclose(y, v + w.astype(np.float64) @ values[at], rtol=1e-5, atol=1e-5)
+
+
+def test_nan_and_infinity_pass_through_the_sums():
+    rows, _ = weights(40, False)
+    rows = rows.copy()
+    rows[1, 39], rows[2, 3] = np.nan, np.inf
+    v = np.ones(40, np.float32)
+    found = dots(rows, np.arange(4), np.arange(4), v)
+    assert np.array_equal(np.isnan(found), [False, True, False, False])
+    assert np.array_equal(np.isposinf(found), [False, False, True, False])
+
+
+def test_bfloat16_is_rounded_as_torch_rounds_it():
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(1 << 31), (1 << 31) - 1, (200_000,), generator=generator, dtype=torch.int64).int()
+    halves = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) * 65536  # every bfloat16, and ties between them
+    values = torch.cat([bits, halves, halves + 0x8000, halves + 0x7FFF, halves + 0x8001]).view(torch.float32)
+    ours = narrowed(values.numpy(), np.zeros(1, np.uint16))
+    theirs = values.bfloat16()
+    number = ~theirs.isnan()
+    found = torch.from_numpy(ours.view(np.int16)).view(torch.bfloat16)
+    assert torch.equal(found[number], theirs[number])
+    assert bool(found[~number].isnan().all())
+    assert np.array_equal(
+        narrowed(values.numpy(), np.zeros(1, np.float32)).view(np.int32), values.numpy().view(np.int32)
+    )
