@@ -20,7 +20,7 @@ def demo(
     text: Annotated[Path | None, typer.Option(help="Held-out text. Without: the model writes it.")] = None,
     second_text: Annotated[Path | None, typer.Option(help="A second one, to tell which points are stable.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe, YAML; the default one without.")] = None,
-    tokens: Annotated[int, typer.Option(min=512, help="Tokens of each held-out text.")] = 6_144,
+    tokens: Annotated[int, typer.Option(min=512, help="Tokens of each held-out text.")] = 4_608,
 ) -> None:
     """Refactor, measure, report and generate with the bundled reference model, in a few minutes.
 

@@ -34,7 +34,7 @@ def sweep(
         Path | None, typer.Option(help="The same model refactored with another seed, to tell which are stable.")
     ] = None,
     reference: Annotated[str | None, typer.Option(help="The original model, to compare logits at full budget.")] = None,
-    budgets: Annotated[str | None, typer.Option(help="Such as 4,8,12; all by default.")] = None,
+    budgets: Annotated[str | None, typer.Option(help="Such as 4,8,12; by default the recipe's points.")] = None,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens of each text.")] = 65_536,
     context: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 256,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the points here.")] = None,
@@ -43,7 +43,7 @@ def sweep(
 ) -> None:
     """Measure loss, KL, agreement and cost of every budget, and of the original with fewer experts.
 
-    When all budgets are measured, the result and its plot become part of the checkpoint.
+    When no budgets are named, the result and its plot become part of the checkpoint.
 
     Example: moe-prism sweep olmoe-elastic --text wiki.test.txt --second-text books.txt --json points.json
     """
@@ -51,6 +51,9 @@ def sweep(
 
     asked = parse_budgets(budgets)
     opened = open_checkpoint(checkpoint)
+    from ..refactor.recipe import Recipe
+
+    published = Recipe.parse(opened.recipe(), f"recipe of {checkpoint}").budgets(opened.elastic.full_budget)
     from ..elastic import load_elastic
     from ..evaluation.report import write_report
     from ..evaluation.sampling import sampled_text
@@ -79,7 +82,7 @@ def sweep(
             tokenizer,
             text,
             seed=opened.elastic.seed,
-            budgets=asked,
+            budgets=asked or published,
             tokens=tokens,
             context=context,
             second_text=second_text,

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.read import open_checkpoint
 from ..checkpoint.schema import OperatingPoints
-from ..elastic import attach, load_elastic
+from ..elastic import attach, full_budget, load_elastic
 from ..errors import CheckpointError, PrismError
 from ..evaluation.report import write_report
 from ..evaluation.sampling import sampled_text
@@ -105,6 +105,7 @@ def run_demo(
             tokenizer,
             or_sampled(text, 101),
             seed=recipe.seed,
+            budgets=recipe.budgets(full_budget(model)),
             tokens=tokens,
             second_text=or_sampled(second_text, 102),
             second_model=second,

@@ -6,7 +6,7 @@ A recipe is YAML on disk and is stored in the checkpoint. Knows the names of met
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -61,6 +61,11 @@ class Recipe(BaseModel):
         description="Budgets at which the mean of what is skipped is fitted, one vector per expert, and added back; "
         "interpolated between. 0: nothing is added. 8 are enough.",
     )
+    points: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=list,
+        description="Shares of full budget that are measured and published as operating points, e.g. [0.25, 0.5, 1]; "
+        "empty: every budget. Where neighbours cannot be told apart, fewer points say as much.",
+    )
     calibration_tokens: int = Field(20_000, ge=256, description="Tokens of calibration text run through the model.")
     context: int = Field(256, ge=8, description="Tokens of one calibration window.")
     tokens_per_expert: int = Field(
@@ -77,14 +82,23 @@ class Recipe(BaseModel):
     def load(path: Path) -> Recipe:
         """Read a YAML file; raises PrismError that names the file and every bad field."""
         try:
-            value = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise PrismError(f"recipe {path} cannot be read: {error}") from None
+        return Recipe.parse(text, f"recipe {path}")
+
+    @staticmethod
+    def parse(text: str, where: str = "recipe") -> Recipe:
+        """A recipe from YAML; raises PrismError that names every bad field."""
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise PrismError(f"{where} cannot be read: {error}") from None
         if value is None:
             value = {}
         if not isinstance(value, dict):
-            raise PrismError(f"recipe {path} must be a mapping of fields, got {type(value).__name__}")
-        return Recipe.of(value, str(path))
+            raise PrismError(f"{where} must be a mapping of fields, got {type(value).__name__}")
+        return Recipe.of(value, where)
 
     @staticmethod
     def of(value: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -95,6 +109,10 @@ class Recipe(BaseModel):
             known = ", ".join(Recipe.model_fields)
             problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise PrismError(f"{where}: {problems}. Fields: {known}") from None
+
+    def budgets(self, full_budget: int) -> list[int] | None:
+        """The budgets of ``points``, ascending; None for all."""
+        return sorted({max(1, round(share * full_budget)) for share in self.points}) or None
 
     def to_yaml(self) -> str:
         """All fields, with their descriptions as comments."""
