@@ -178,7 +178,9 @@ class OperatingPoints(_Frozen):
         ge=0, description="max |logit difference| to the original model at full budget; null: no original to compare."
     )
     paper_gates: dict[str, list[OperatingPoint]] = Field(
-        default_factory=dict, description="Other gates measured beside, by name, on the same text."
+        default_factory=dict,
+        description="Other gates measured beside, by name, on the same text. Of a coarser one, k_active is in the "
+        "sub-experts of this model.",
     )
 
     @model_validator(mode="after")

@@ -82,7 +82,8 @@ def sweep(
         second_text: Another held-out text, for ``stable``.
         second_model: The same original refactored with another calibration seed, for ``stable``.
         second_seed: Its seed; goes with ``second_model``.
-        beside: Further elastic models of the same original by name, e.g. the paper's gates.
+        beside: Further elastic models of the same original by name, e.g. the paper's gates. One may have fewer
+            sub-experts; its budgets are given in the model's.
         reference: The original model in the same dtype, for the largest logit difference at full budget.
         progress: Told after every forward pass.
 
@@ -96,18 +97,25 @@ def sweep(
     others = dict(beside or {})
     if (second_model is None) != (second_seed is None):
         raise PrismError("second_model and second_seed go together: give both or neither")
-    for name, other in {**others, **({"second_model": second_model} if second_model is not None else {})}.items():
-        if (other_full := elastic.full_budget(other)) != full:
+    if second_model is not None and (second_full := elastic.full_budget(second_model)) != full:
+        raise PrismError(
+            f"second_model has full budget {second_full}, the model has {full}: refactor both with the same N"
+        )
+    for name, other in others.items():
+        if full % elastic.full_budget(other):
             raise PrismError(
-                f"{name} has full budget {other_full}, the model has {full}: refactor both with the same N"
+                f"{name} has full budget {elastic.full_budget(other)}, which does not divide the model's {full}: "
+                "refactor it with an N that divides the model's"
             )
+    # In the model's units; a coarser one has a point wherever its own budgets lie.
+    theirs = {name: [k for k in chosen if not k * elastic.full_budget(other) % full] for name, other in others.items()}
     first = _windows_of(text, tokenizer, tokens, context)
     second = _windows_of(second_text, tokenizer, tokens, context) if second_text is not None else None
 
     levels = _baseline_levels(model, top_k)
     runs = [*_elastic_runs("elastic", model, chosen, full), *_baseline_runs(model, levels, top_k)]
     for name, other in others.items():
-        runs += _elastic_runs(f"beside {name}", other, chosen, full)
+        runs += _elastic_runs(f"beside {name}", other, theirs[name], full)
     if second_model is not None:
         runs += _elastic_runs("second seed", second_model, chosen, full)
 
@@ -125,8 +133,10 @@ def sweep(
             both = [*_elastic_runs("elastic", model, chosen, full), *_baseline_runs(model, levels, top_k)]
             again = measured(text_name(second_text), second, both)
 
-    ours = _measured(model, "elastic", chosen, results)
-    beside_measured = {name: _measured(other, f"beside {name}", chosen, results) for name, other in others.items()}
+    ours = _measured(model, "elastic", chosen, results, full)
+    beside_measured = {
+        name: _measured(other, f"beside {name}", theirs[name], results, full) for name, other in others.items()
+    }
     baseline = _pick("baseline", levels, results)
     further = Further(
         text=text_name(second_text) if second_text is not None else None,
@@ -170,7 +180,10 @@ def _windows_of(text: str | Path, tokenizer: Any, tokens: int, context: int) -> 
 
 def _elastic_runs(series: str, model: PreTrainedModel, budgets: Sequence[int], full: int) -> list[Run]:
     """At full budget every elastic model is the original, so that run reuses the full model's outputs."""
-    return [Run(f"{series} {k}", None if k == full else partial(elastic.budget, model, k), model) for k in budgets]
+    scale = full // elastic.full_budget(model)
+    return [
+        Run(f"{series} {k}", None if k == full else partial(elastic.budget, model, k // scale), model) for k in budgets
+    ]
 
 
 def _baseline_levels(model: PreTrainedModel, top_k: int) -> list[int]:
@@ -194,7 +207,8 @@ def _pick(series: str, levels: Sequence[int], results: Mapping[str, RunResult]) 
 
 
 def _measured(
-    model: PreTrainedModel, series: str, budgets: Sequence[int], results: Mapping[str, RunResult]
+    model: PreTrainedModel, series: str, budgets: Sequence[int], results: Mapping[str, RunResult], full: int
 ) -> Measured:
-    shares = {k: elastic.cost_shares(model, k) for k in budgets}
+    scale = full // elastic.full_budget(model)
+    shares = {k: elastic.cost_shares(model, k // scale) for k in budgets}
     return Measured(_pick(series, budgets, results), {k: Cost(s.flops, s.bytes) for k, s in shares.items()})

@@ -32,7 +32,9 @@ _PARTITION: dict[str, Any] = {
     "neurons": "all",
     "compensation_budgets": 0,
 }
-# The paper's own partition and gates: annealing on plain activations, no routing weight in the proxy's score.
+PAPER_N = 4
+# The paper's own partition and gates: N = 4 where that can be compared, annealing on plain activations, no routing
+# weight in the proxy's score.
 PAPER: dict[str, dict[str, Any]] = {
     "paper: proxy": _PARTITION | {"gate": "proxy", "gate_options": {"weighted": False}},
     "paper: linear": _PARTITION | {"gate": "linear", "gate_options": {}},
@@ -92,7 +94,8 @@ def run_demo(
         return stock
 
     second = variant("another seed", {"seed": recipe.seed + 1})
-    beside = {name: variant(name, changes) for name, changes in PAPER.items()}
+    n = PAPER_N if recipe.num_sub_experts % PAPER_N == 0 else recipe.num_sub_experts
+    beside = {name: variant(name, {"num_sub_experts": n} | changes) for name, changes in PAPER.items()}
     original, tokenizer = load_stock(str(source), dtype)
     with ExitStack() as stack:
 

@@ -166,11 +166,26 @@ def test_bad_input_is_refused_before_any_work(texts: tuple[Path, Path], options:
     assert not ran
 
 
-def test_models_of_different_granularity_do_not_mix(texts: tuple[Path, Path]) -> None:
+def test_a_coarser_model_beside_has_its_points_in_the_models_units(texts: tuple[Path, Path]) -> None:
     coarse = tiny_model("olmoe")
     make_elastic(coarse, tokens(8, 32), sub_experts=2)
-    with pytest.raises(PrismError, match="coarse has full budget 8, the model has 16"):
-        small_sweep(elastic_model("static"), texts[0], beside={"coarse": coarse})
+    beside = small_sweep(elastic_model("static"), texts[0], budgets=[3, 4, 8, 16], beside={"coarse": coarse})
+    alone = small_sweep(coarse, texts[0], budgets=[2, 4, 8])
+    found = beside.points.paper_gates["coarse"]
+    assert [point.k_active for point in found] == [4, 8, 16]
+    assert [point.share for point in found] == [point.share for point in alone.points.elastic]
+    assert [point.flops_share for point in found] == [point.flops_share for point in alone.points.elastic]
+    for point, same in zip(found, alone.points.elastic, strict=True):
+        assert point.nll == pytest.approx(same.nll, rel=1e-5)
+
+
+def test_models_of_other_granularity_do_not_mix(texts: tuple[Path, Path]) -> None:
+    coarse = tiny_model("olmoe")
+    make_elastic(coarse, tokens(8, 32), sub_experts=2)
+    with pytest.raises(PrismError, match="fine has full budget 16, which does not divide the model's 8"):
+        small_sweep(coarse, texts[0], beside={"fine": elastic_model("static")})
+    with pytest.raises(PrismError, match="second_model has full budget 8, the model has 16"):
+        small_sweep(elastic_model("static"), texts[0], second_model=coarse, second_seed=1)
 
 
 def test_a_stock_model_is_refused(texts: tuple[Path, Path]) -> None:

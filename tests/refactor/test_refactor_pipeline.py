@@ -247,3 +247,14 @@ def test_tensors_that_transformers_drops_are_announced(stock, tmp_path) -> None:
     save_file(tensors | {"model.mtp.weight": torch.zeros(2)}, stock / "model.safetensors", {"format": "pt"})
     with pytest.warns(UserWarning, match=r"1 of its tensors \(model\.mtp\.weight"):
         make_elastic(stock, tmp_path / "out", recipe())
+
+
+def test_points_are_shares_of_any_full_budget() -> None:
+    recipe = Recipe(points=[1.0, 0.25, 0.01, 0.5])
+    assert recipe.budgets(64) == [1, 16, 32, 64]
+    assert recipe.budgets(8) == [1, 2, 4, 8]  # the smallest share is one sub-expert at least
+    assert Recipe().budgets(8) is None
+    assert Recipe.parse(recipe.to_yaml()) == recipe
+    for bad in (0, 1.5):
+        with pytest.raises(PrismError, match="points"):
+            Recipe.of({"points": [bad]})
