@@ -109,7 +109,7 @@ SECOND := build/second/model
 $(SECOND)/config.json: | $(VENV)/.dev
 	$(BIN)/python tools/train_reference.py $(TEXT) --workdir build/second --out $(SECOND) --eval $(VALID) \
 	  --data-note "$(NOTE)" --experts 24 --neurons 96 --top-k 8 --norm-topk-prob --seed 1 --step-tokens 4096 \
-	  --tokens 5000000 --compile
+	  --tokens 3500000 --compile
 
 frontier-second: $(SECOND)/config.json ## the same on a second MoE, which it trains (an hour) -> build/frontier/second/
 	$(BIN)/python tools/frontier.py --model $(SECOND) --calibration $(CALIBRATION) --text $(VALID) --seeds 1 \
