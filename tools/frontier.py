@@ -1,14 +1,16 @@
 """The frontier, method by method at equal total routed cost: excess loss, KL and top-1 agreement over the full model.
 
-    python tools/frontier.py --calibration CALIBRATION.txt --text HELD-OUT.txt
-    make frontier
+    python tools/frontier.py --calibration CALIBRATION.txt --text HELD-OUT.txt [--mcq QUESTIONS.jsonl --questions 50]
+    make frontier, make frontier-second, make frontier-dense
 
 Every row is the public way: a recipe refactors the model, and the largest budget whose cost, scoring included, is
 within the share is measured. Rows are kept one by one, so a run that was stopped goes on where it was. The baseline
 is the original model with fewer whole experts; beside it stands the original with its experts rounded to 8 and 4 bits
 (groups of 32, to nearest), which saves bytes and no FLOPs: what users will ask about. FLOPs and bytes of a token that
-is alone in its step are the same share for all other rows, since every weight that is used is read once. Knows
-nothing of time.
+is alone in its step are the same share for all other rows, since every weight that is used is read once. A model with
+one expert (a dense model, tools/dense_bed.py) has no experts to drop: "static" is then what others are compared with.
+Accuracy on multiple-choice questions does not depend on the text and stands in the rows of every text. Knows nothing
+of time.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -33,6 +35,7 @@ from moe_prism import Recipe, make_elastic
 from moe_prism.checkpoint.atomic import replace_file
 from moe_prism.elastic import budget, cost_shares, full_budget, load_elastic, routed_experts
 from moe_prism.errors import PrismError
+from moe_prism.evaluation.choices import Question, answer, load_questions
 from moe_prism.evaluation.environment import machine, versions
 from moe_prism.evaluation.measure import Run, measure
 from moe_prism.evaluation.points import RunResult, paired_difference
@@ -52,9 +55,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "gate-first": _STATIC | {"neurons": "gate-first"},
     "gate-first, compensated": _STATIC | {"neurons": "gate-first", "compensation_budgets": 8},
 }
+ORIGINAL = "original"
 BASELINE = "fewer experts"
 ROUNDED = {8: "original, experts at 8 bits", 4: "original, experts at 4 bits"}
 GROUP = 32
+DROPPED_FIRST = (BASELINE, "static")  # the first of them that was measured is the baseline of the ratios
 COLOURS = ("tab:gray", "tab:red", "tab:pink", "tab:orange", "tab:olive", "tab:green", "tab:cyan", "tab:blue")
 
 
@@ -64,30 +69,60 @@ def budget_within(model: Any, share: float) -> int | None:
     return max(fits, default=None)
 
 
-def rows_of(model: Any, runs: dict[float, Run], texts: dict[str, torch.Tensor], known: dict[str, Any]) -> list[Any]:
+class Questions(NamedTuple):
+    """Multiple-choice questions by the name of their set, and the tokenizer to ask them with."""
+
+    sets: dict[str, list[Question]]
+    tokenizer: Any
+
+    def accuracies(self, model: Any, runs: list[Run]) -> dict[str, dict[str, float]]:
+        """Accuracy per set and their mean (``mcq``) of every run, ready for its rows; nothing without questions."""
+        found: dict[str, dict[str, float]] = {run.name: {} for run in runs}
+        for name, asked in self.sets.items():
+            for run, right in answer(model, self.tokenizer, asked, runs).items():
+                found[run][name] = round(float(right.mean()), 4)
+        return {
+            run: {"mcq": round(sum(sets.values()) / len(sets), 4), "mcq_sets": sets} if sets else {"mcq": None}
+            for run, sets in found.items()
+        }
+
+
+class Held(NamedTuple):
+    """What every run is measured on: windows of every text by its name, and questions."""
+
+    texts: dict[str, torch.Tensor]
+    questions: Questions
+
+
+def rows_of(model: Any, runs: dict[float, Run], held: Held, known: dict[str, Any]) -> list[Any]:
     """Every run on every text, as lines of the result."""
+    if not runs:
+        return []
     rows = []
-    for text, ids in texts.items():
+    accuracies = held.questions.accuracies(model, list(runs.values()))
+    for text, ids in held.texts.items():
         results = measure(model, ids, [Run("full", None), *runs.values()])
         for share, run in runs.items():
             result: RunResult = results[run.name]
             excess, error = paired_difference(result.nll, results["full"].nll)
             figures = {"excess_nats": excess, "stderr": error, "kl": result.kl, "top1_agreement": result.top1_agreement}
             rounded = {name: round(value, 6) for name, value in figures.items()}
-            rows.append(known | {"text": text, "share": share, "setting": run.name} | rounded)
+            rows.append(known | {"text": text, "share": share, "setting": run.name} | rounded | accuracies[run.name])
     return rows
 
 
-def baseline_rows(source: str, texts: dict[str, torch.Tensor]) -> list[Any]:
-    """The original with whole experts dropped."""
+def original_rows(source: str, held: Held) -> list[Any]:
+    """The original as it is, and with whole experts dropped."""
     model, _ = load_stock(source, "float32")
+    known: dict[str, Any] = {"seed": None, "calibration": None}
+    rows = rows_of(model, {1.0: Run("as it is", None)}, held, {"method": ORIGINAL} | known)
     top_k = find_expert_layers(model)[0].top_k
     runs = {}
     for share in SHARES:
         k = int(share * top_k + 1e-9)
         if k:
             runs[share] = Run(f"{k} of {top_k} experts", partial(routed_experts, model, k))
-    return rows_of(model, runs, texts, {"method": BASELINE, "seed": None, "calibration": None})
+    return rows + rows_of(model, runs, held, {"method": BASELINE} | known)
 
 
 @torch.no_grad()
@@ -99,7 +134,7 @@ def round_weights(weight: torch.Tensor, bits: int) -> None:
     weight.copy_(((groups / scale).round().clamp(-most - 1, most) * scale).flatten(-2))
 
 
-def quantised_rows(source: str, texts: dict[str, torch.Tensor], bits: int) -> list[Any]:
+def quantised_rows(source: str, held: Held, bits: int) -> list[Any]:
     """The original with all experts at a few bits; the share is of bytes, a 16-bit scale for every group included."""
     model, _ = load_stock(source, "float32")
     rounded, _ = load_stock(source, "float32")
@@ -108,12 +143,10 @@ def quantised_rows(source: str, texts: dict[str, torch.Tensor], bits: int) -> li
             round_weights(parameter.data, bits)  # type: ignore[arg-type]
     share = (bits + 16 / GROUP) / 16
     run = Run("every expert", nullcontext, rounded)
-    return rows_of(model, {share: run}, texts, {"method": ROUNDED[bits], "seed": None, "calibration": None})
+    return rows_of(model, {share: run}, held, {"method": ROUNDED[bits], "seed": None, "calibration": None})
 
 
-def method_rows(
-    args: argparse.Namespace, method: str, seed: int, calibration: Path, texts: dict[str, Any]
-) -> list[Any]:
+def method_rows(args: argparse.Namespace, method: str, seed: int, calibration: Path, held: Held) -> list[Any]:
     """Refactor by one method, then measure."""
     recipe = Recipe.of(METHODS[method] | {
         "num_sub_experts": args.num_sub_experts, "calibration_tokens": args.calibration_tokens, "seed": seed,
@@ -132,11 +165,12 @@ def method_rows(
         if k is not None:
             cost = max(cost_shares(model, k))
             runs[share] = Run(f"budget {k} at {cost:.3f}", partial(budget, model, k))
-    return rows_of(model, runs, texts, {"method": method, "seed": seed, "calibration": text_name(calibration)})
+    return rows_of(model, runs, held, {"method": method, "seed": seed, "calibration": text_name(calibration)})
 
 
 def table(rows: list[Any]) -> str:
-    """Mean excess over seeds, and its ratio to dropping experts, per calibration text, text and share."""
+    """Mean excess over seeds, and its ratio to the baseline's, per calibration text, text and share."""
+    baseline = next((name for name in DROPPED_FIRST if any(row["method"] == name for row in rows)), BASELINE)
     lines = ["| calibration | text | method | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |"]
     lines.append("|" + "---|" * (3 + len(SHARES)))
     for calibration in sorted({row["calibration"] for row in rows if row["calibration"]}):
@@ -145,8 +179,8 @@ def table(rows: list[Any]) -> str:
                 cells = []
                 for share in SHARES:
                     mine = _mean(rows, method, calibration, text, share)
-                    base = _mean(rows, BASELINE, calibration, text, share)
-                    ratio = "" if mine is None or not base or method == BASELINE else f" ({mine / base:.2f})"
+                    base = _mean(rows, baseline, calibration, text, share)
+                    ratio = "" if mine is None or not base or method == baseline else f" ({mine / base:.2f})"
                     cells.append("" if mine is None else f"{mine:+.4f}{ratio}")
                 if any(cells):
                     lines.append(f"| {calibration} | {text} | {method} | {' | '.join(cells)} |")
@@ -155,6 +189,12 @@ def table(rows: list[Any]) -> str:
         if row["method"] in ROUNDED.values():
             cells = (row["text"], row["method"], f"{row['share']:.3f}", "1", f"{row['excess_nats']:+.4f}")
             lines.append(f"| {' | '.join(cells)} |")
+    if any(row["mcq"] is not None for row in rows):
+        lines += ["", "| method | share | multiple choice | sets |", "|---|---|---|---|"]
+        for row in rows:
+            if row["text"] == rows[0]["text"] and row["seed"] in (None, 0):
+                sets = ", ".join(f"{name} {value:.1%}" for name, value in row["mcq_sets"].items())
+                lines.append(f"| {row['method']} | {row['share']:.0%} | {row['mcq']:.1%} | {sets} |")
     return "\n".join(lines)
 
 
@@ -180,7 +220,8 @@ def plot(rows: list[Any], path: Path) -> None:
         for method, colour in zip((BASELINE, *METHODS), COLOURS, strict=True):
             points = [(s, _mean(rows, method, calibration, text, s)) for s in SHARES]
             known = [(share, max(value, 1e-4)) for share, value in points if value is not None]
-            panel.plot(*zip(*known, strict=True), "o-", color=colour, label=method)
+            if known:
+                panel.plot(*zip(*known, strict=True), "o-", color=colour, label=method)
         panel.set(
             yscale="log",
             title=text,
@@ -203,6 +244,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=16_384, help="of every held-out text")
     parser.add_argument("--calibration-tokens", type=int, default=16_384)
     parser.add_argument("--num-sub-experts", type=int, default=8)
+    parser.add_argument("--mcq", type=Path, nargs="*", default=[], help="multiple-choice sets (.jsonl)")
+    parser.add_argument("--questions", type=int, default=100, help="of every set")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
     parser.add_argument("--out", type=Path, default=Path("build/frontier/frontier.json"))
     args = parser.parse_args()
@@ -210,18 +253,33 @@ def main() -> int:
     settings = {
         "command": shlex.join(["python", *sys.argv]), "model": text_name(args.model), "tokens": args.tokens,
         "calibration_tokens": args.calibration_tokens, "num_sub_experts": args.num_sub_experts,
+        "texts": [text_name(path) for path in args.text], "questions": {path.stem: args.questions for path in args.mcq},
     }  # fmt: skip
+    try:
+        rows = measure_missing(args, settings)
+    except PrismError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(rows))
+    plot(rows, args.out.with_suffix(".png"))
+    return 0
+
+
+def measure_missing(args: argparse.Namespace, settings: dict[str, Any]) -> list[Any]:
+    """All rows asked for; those that an earlier run with these settings left are kept."""
     rows: list[Any] = []
     if args.out.exists():
         before = json.loads(args.out.read_text())
-        if before["settings"] == settings:
+        if before["settings"] | {"command": ""} == settings | {"command": ""}:
             rows = before["rows"]
+    sets = {path.stem: load_questions(path, args.questions) for path in args.mcq}
     model, tokenizer = load_stock(args.model, "float32")
     where = machine(model)
     texts = {
         text_name(path): windows(tokenize(tokenizer, read_text(path, args.tokens * 16), args.tokens + 1), 256)
         for path in args.text
     }
+    held = Held(texts, Questions(sets, tokenizer))
 
     def keep(new: list[Any]) -> None:
         rows.extend(new)
@@ -232,24 +290,18 @@ def main() -> int:
         key = (method, seed, calibration)
         return not any((row["method"], row["seed"], row["calibration"]) == key for row in rows)
 
-    try:
-        if missing(BASELINE, None, None):
-            keep(baseline_rows(args.model, texts))
-        for bits, name in ROUNDED.items():
-            if missing(name, None, None):
-                keep(quantised_rows(args.model, texts, bits))
-        for number, calibration in enumerate(args.calibration):
-            for seed in range(args.seeds if number == 0 else 1):
-                for method in args.methods:
-                    if missing(method, seed, text_name(calibration)):
-                        print(f"{calibration.name}, seed {seed}: {method}", file=sys.stderr, flush=True)
-                        keep(method_rows(args, method, seed, calibration, texts))
-    except PrismError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(rows))
-    plot(rows, args.out.with_suffix(".png"))
-    return 0
+    if missing(ORIGINAL, None, None):
+        keep(original_rows(args.model, held))
+    for bits, name in ROUNDED.items():
+        if missing(name, None, None):
+            keep(quantised_rows(args.model, held, bits))
+    for number, calibration in enumerate(args.calibration):
+        for seed in range(args.seeds if number == 0 else 1):
+            for method in args.methods:
+                if missing(method, seed, text_name(calibration)):
+                    print(f"{calibration.name}, seed {seed}: {method}", file=sys.stderr, flush=True)
+                    keep(method_rows(args, method, seed, calibration, held))
+    return rows
 
 
 if __name__ == "__main__":

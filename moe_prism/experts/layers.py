@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from .dense import DENSE
 
 # Each is proven by a parity test with a tiny random model; others behind the same interface are let
 # through, since the layout flags describe them completely.
@@ -74,7 +75,8 @@ def find_expert_layers(model: nn.Module) -> list[ExpertLayer]:
             )
         found.append(_describe(model, name, module, family))
     if not found:
-        raise UnsupportedModelError(f"{family}: no routed experts that can be split were found. {_supported()}")
+        hint = f". A dense {family} can be viewed as one expert per layer: experts.dense_as_experts" * (family in DENSE)
+        raise UnsupportedModelError(f"{family}: no routed experts that can be split were found. {_supported()}{hint}")
     return found
 
 

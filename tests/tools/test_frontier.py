@@ -9,6 +9,9 @@ import frontier
 import pytest
 import torch
 from making import WORDS, save_stock
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from moe_prism.experts import dense_as_experts
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +37,15 @@ def test_every_method_is_measured_within_its_cost_and_only_once(
     methods = ["paper: proxy", "static", "gate-first, compensated"]
     found = run(stock, tmp_path, monkeypatch, "--seeds", "2", "--methods", *methods)
     rows = found["rows"]
-    assert {row["method"] for row in rows} == {*methods, frontier.BASELINE, *frontier.ROUNDED.values()}
+    assert {row["method"] for row in rows} == {
+        *methods,
+        frontier.ORIGINAL,
+        frontier.BASELINE,
+        *frontier.ROUNDED.values(),
+    }
     assert {row["seed"] for row in rows if row["method"] == "static"} == {0, 1}
     for row in rows:
+        assert row["mcq"] is None  # no questions were given
         assert row["excess_nats"] < 5
         assert row["kl"] > -1e-3
         if "at" in row["setting"]:
@@ -78,3 +87,40 @@ def test_a_stopped_run_keeps_what_it_had(stock: Path, tmp_path: Path, monkeypatc
     rows = run(stock, tmp_path, monkeypatch, *how)["rows"]
     assert calls == ["static", "gate-first"]
     assert sum(row["method"] == "static" for row in rows) == len(frontier.SHARES)
+
+
+def test_a_dense_bed_is_compared_with_its_static_order_and_questions_are_asked(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )
+    dense_as_experts(LlamaForCausalLM(config)).save_pretrained(tmp_path / "view")
+    PreTrainedTokenizerFast.from_pretrained(stock).save_pretrained(tmp_path / "view")
+    (tmp_path / "text.txt").write_text(WORDS * 2000)
+    line = {"query": "the sea was", "choices": ["calm and the old", "shore ."], "gold": 0}
+    (tmp_path / "asked.jsonl").write_text((json.dumps(line) + "\n") * 3)
+    methods = ["static", "gate-first"]
+    how = ("--seeds", "1", "--methods", *methods, "--mcq", str(tmp_path / "asked.jsonl"), "--questions", "2")
+    rows = run(tmp_path / "view", tmp_path, monkeypatch, *how)["rows"]
+    assert {row["method"] for row in rows} == {*methods, frontier.ORIGINAL, *frontier.ROUNDED.values()}
+    for row in rows:
+        assert row["mcq_sets"].keys() == {"asked"}
+        assert row["mcq"] in (0, 1)
+    by_name = {(row["method"], row["share"]): row for row in rows}
+    assert by_name[frontier.ORIGINAL, 1.0]["excess_nats"] == 0
+    ratio = by_name["gate-first", 0.5]["excess_nats"] / by_name["static", 0.5]["excess_nats"]
+    assert f"({ratio:.2f})" in capsys.readouterr().out
+
+
+def test_a_text_that_is_not_there_ends_with_a_message(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "sys.argv",
+        ["frontier.py", "--model", str(stock), "--calibration", "x", "--text", "none.txt", "--out", "o.json"],
+    )
+    monkeypatch.chdir(tmp_path)
+    assert frontier.main() == 2
+    assert "'none.txt' does not exist" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,15 @@ from hypothesis import strategies as st
 from reference_samples import OPTIONS, SIZES, Trained
 from reference_training.card import read_log, thin
 from reference_training.data import END_OF_TEXT
-from reference_training.export import check_output, evaluate, load_flat, logit_difference, read_start, to_transformers
+from reference_training.export import (
+    LogitsModel,
+    check_output,
+    evaluate,
+    load_flat,
+    logit_difference,
+    read_start,
+    to_transformers,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 
@@ -31,6 +40,23 @@ def test_transformers_computes_the_training_codes_logits(trained: Trained) -> No
     assert (ours - theirs).abs().max() <= 1e-4
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
     assert logit_difference(model, hf_model, tokens) == pytest.approx(float((ours - theirs).abs().max()), abs=1e-6)
+
+
+def test_renormalised_routing_weights_and_other_sizes_are_exported_too() -> None:
+    torch.manual_seed(0)
+    config = replace(SIZES, experts=6, neurons=24, top_k=3, norm_topk_prob=True)
+    model = LogitsModel(config, 5, torch.device("cpu"))
+    with torch.no_grad():
+        for name, part in model.named(model.flat).items():
+            if ".mlp." in name:
+                part.mul_(5)  # new weights are so small that routing hardly matters
+    tokens = torch.randint(0, SIZES.vocab_size, (3, 33))
+    hf_model = to_transformers(model, balance_loss=0.01)
+    assert logit_difference(model, hf_model, tokens) <= 1e-4
+    for layer in hf_model.model.layers:
+        layer.mlp.gate.norm_topk_prob = False
+    with pytest.raises(SystemExit, match="differ by"):
+        logit_difference(model, hf_model, tokens)
 
 
 def test_a_wrong_conversion_is_noticed(trained: Trained) -> None:
