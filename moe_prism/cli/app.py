@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from .demo import demo
+from .export import export
 from .generate import generate
 from .inspect import inspect
 from .refactor import refactor
@@ -19,5 +20,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (refactor, sweep, generate, inspect, restore, demo):
+for command in (refactor, sweep, generate, inspect, restore, export, demo):
     app.command(no_args_is_help=command is not demo)(command)
