@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier frontier-second frontier-dense bench-kernels bench-batch bench-decode clean distclean
+.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier frontier-second frontier-dense bench-kernels bench-crossovers bench-batch bench-decode clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -133,6 +133,9 @@ frontier-dense: $(DENSE)/config.json ## the same on SmolLM2-135M as one expert a
 
 bench-kernels: $(VENV)/.dev ## time of a layer by executor and budget (15 minutes, 4 GB) -> build/bench/kernels.json
 	$(BIN)/python tools/bench_kernels.py --out build/bench/kernels.json $(ARGS)
+
+bench-crossovers: $(VENV)/.dev ## from how many tokens on another way of computing wins (5 minutes) -> build/bench/crossovers.json
+	$(BIN)/python tools/bench_crossovers.py --out build/bench/crossovers.json $(ARGS)
 
 build/bench/reference/config.json: $(VENV)/.base
 	rm -rf build/bench/reference

@@ -14,7 +14,7 @@ from .executors.choice import large_products_are_fast
 from .executors.cpu import as_rows
 from .kernels import multiply_rows
 
-# Most tokens for which the kernel is used (measured with `make bench-kernels`).
+# Most tokens for which the kernel is used (measured with `make bench-crossovers`).
 FEW = 4
 # Where the CPU has no fast bfloat16 product, the kernel wins for longer.
 FEW_EMULATED = 256

@@ -1,6 +1,6 @@
 """Which executor runs a layer's tokens, if nobody named one.
 
-The crossovers were measured with ``make bench-kernels``. Knows nothing of how executors work.
+The crossover was measured with ``make bench-crossovers``. Knows nothing of how executors work.
 """
 
 from __future__ import annotations
