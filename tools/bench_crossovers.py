@@ -3,11 +3,12 @@
     python tools/bench_crossovers.py --out build/bench/crossovers.json
     make bench-crossovers
 
-Two questions. A linear layer of 2,048 x 2,048: our row kernel or torch's product, by tokens. An MoE layer of 16 experts
-of 512 neurons and hidden 1,024, top-4, N = 4, at half budget: work in proportion to the selection (executor cpu) or large
-products with the rest set to zero (masked), by routed tokens per expert. Both ways take turns inside one process, with
-fresh inputs, in bfloat16 and fp32; a ratio is that of two neighbouring calls, its median and quartiles are given.
-The weights of a call were not used by the call before it, so that they come from memory, as in a model of many layers.
+Two questions. A linear layer of 2,048 x 2,048: our row kernel or torch's product, by tokens. An MoE layer of 16
+experts of 512 neurons and hidden 1,024, top-4, N = 4, at half budget: work in proportion to the selection (executor
+cpu) or large products with the rest set to zero (masked), by routed tokens per expert. Both ways take turns inside one
+process, with fresh inputs, in bfloat16 and fp32; a ratio is that of two neighbouring calls, its median and quartiles
+are given. The weights of a call were not used by the call before it, so that they come from memory, as in a model of
+many layers.
 """
 
 from __future__ import annotations
