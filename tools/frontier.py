@@ -52,15 +52,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "balanced, weighted proxy": {"solver": "balanced", "gate": "proxy"},
     "static": _STATIC,
     "static, compensated": _STATIC | {"compensation_budgets": 8},
+    "static, scaled": _STATIC | {"compensation_budgets": 8, "recalibration": "scale"},
+    "static, renormalised": _STATIC | {"recalibration": "renormalise"},
     "gate-first": _STATIC | {"neurons": "gate-first"},
     "gate-first, compensated": _STATIC | {"neurons": "gate-first", "compensation_budgets": 8},
+    "gate-first, scaled": _STATIC | {"neurons": "gate-first", "compensation_budgets": 8, "recalibration": "scale"},
+    "gate-first, renormalised": _STATIC | {"neurons": "gate-first", "recalibration": "renormalise"},
 }
 ORIGINAL = "original"
 BASELINE = "fewer experts"
 ROUNDED = {8: "original, experts at 8 bits", 4: "original, experts at 4 bits"}
 GROUP = 32
 DROPPED_FIRST = (BASELINE, "static")  # the first of them that was measured is the baseline of the ratios
-COLOURS = ("tab:gray", "tab:red", "tab:pink", "tab:orange", "tab:olive", "tab:green", "tab:cyan", "tab:blue")
 
 
 def budget_within(model: Any, share: float) -> int | None:
@@ -217,7 +220,7 @@ def plot(rows: list[Any], path: Path) -> None:
     texts = list(dict.fromkeys(row["text"] for row in rows))
     figure, panels = plt.subplots(1, len(texts), figsize=(6 * len(texts), 4.5), squeeze=False)
     for panel, text in zip(panels[0], texts, strict=True):
-        for method, colour in zip((BASELINE, *METHODS), COLOURS, strict=True):
+        for method, colour in zip((BASELINE, *METHODS), mpl.colormaps["tab20"].colors, strict=False):
             points = [(s, _mean(rows, method, calibration, text, s)) for s in SHARES]
             known = [(share, max(value, 1e-4)) for share, value in points if value is not None]
             if known:

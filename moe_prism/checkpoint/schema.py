@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -75,6 +75,11 @@ class ElasticConfig(_Frozen):
     )
     compensated: list[int] = Field(
         default_factory=list, description="Ascending budgets that the layers' compensation vectors were fitted at."
+    )
+    recalibration: Literal["mean", "scale", "renormalise"] = Field(
+        default="mean",
+        description="What is done to a layer's output below full budget. mean and scale: with the vectors fitted at "
+        "the compensated budgets, if any; renormalise: routing weights of the experts that run keep their sum.",
     )
     calibration: Calibration
     weights_dtype: str = Field(min_length=1, description='Storage type of the expert weights, e.g. "bfloat16".')

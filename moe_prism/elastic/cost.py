@@ -8,7 +8,6 @@ from torch import nn
 
 from ..gates import LayerShape
 from .budgets import elastic_layers
-from .compensation import compensation_cost
 
 
 class CostShares(NamedTuple):
@@ -38,6 +37,6 @@ def cost_shares(model: nn.Module, k_active: int) -> CostShares:
         run = (scan * size + 2 * int(plan.neurons[k_active])) * layer.hidden_size
     costs = [state.gate.cost(shape, scan)]
     if state.compensation is not None:
-        costs.append(compensation_cost(shape))
+        costs.append(state.compensation.cost(shape))
     flops, weights = sum(cost.flops for cost in costs), sum(cost.weights for cost in costs)
     return CostShares((2 * run + flops) / (2 * full), (run + weights) / full)

@@ -25,7 +25,7 @@ from ..experts.neurons import is_plain
 from ..experts.packing import pack, unpack
 from ..gates import GATES
 from .budgets import budget, set_budget
-from .compensation import Compensation
+from .compensation import recalibration
 from .dial import Dial, named_points
 from .executors import AUTO, EXECUTORS
 from .fingerprint import matches
@@ -111,8 +111,7 @@ def _attach_one(
     if elastic.compensated and (vectors is None or len(vectors) != len(elastic.compensated)):
         raise CheckpointError(f"{TENSORS_FILE} has no tensor {prefix}{COMPENSATION} for the compensated budgets")
     state = ElasticLayer(name, dial, gate, mine, elastic.num_sub_experts, scale)
-    if vectors is not None:
-        state.compensation = Compensation(vectors, elastic.compensated, elastic.full_budget)
+    state.compensation = recalibration(elastic.recalibration, vectors, elastic.compensated, elastic.full_budget)
     pack(module)
     module.__dict__["_moe_prism"] = state
     return state

@@ -31,6 +31,7 @@ _PARTITION: dict[str, Any] = {
     "impact": "activation",
     "neurons": "all",
     "compensation_budgets": 0,
+    "recalibration": "mean",
 }
 PAPER_N = 4
 # The paper's own partition and gates: N = 4 where that can be compared, annealing on plain activations, no routing

@@ -6,10 +6,10 @@ A recipe is YAML on disk and is stored in the checkpoint. Knows the names of met
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import PrismError
 
@@ -58,8 +58,13 @@ class Recipe(BaseModel):
     compensation_budgets: int = Field(
         0,
         ge=0,
-        description="Budgets at which the mean of what is skipped is fitted, one vector per expert, and added back; "
-        "interpolated between. 0: nothing is added. 8 are enough.",
+        description="Budgets at which the recalibration is fitted; interpolated between. 0: nothing is. 8 are enough.",
+    )
+    recalibration: Literal["mean", "scale", "renormalise"] = Field(
+        "mean",
+        description="What is fitted: mean = the mean of what is skipped, one vector per expert, added back; scale = a "
+        "scale and a shift for every dimension of the layer's output. renormalise fits nothing: routing weights of the "
+        "experts that run are scaled to the sum of all routed ones.",
     )
     points: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         default_factory=list,
@@ -77,6 +82,14 @@ class Recipe(BaseModel):
         description="An expert with fewer routed tokens is reported and profiled on a sample of all tokens instead.",
     )
     seed: int = Field(0, ge=0, description="Seed of sampling and of the solver.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.recalibration == "scale" and not self.compensation_budgets:
+            raise ValueError("recalibration: scale needs compensation_budgets of 1 or more, e.g. 8")
+        if self.recalibration == "renormalise" and self.compensation_budgets:
+            raise ValueError("recalibration: renormalise fits nothing; set compensation_budgets: 0")
+        return self
 
     @staticmethod
     def load(path: Path) -> Recipe:
@@ -107,7 +120,7 @@ class Recipe(BaseModel):
             return Recipe.model_validate(value)
         except ValidationError as error:
             known = ", ".join(Recipe.model_fields)
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'fields'}: {e['msg']}" for e in error.errors())
             raise PrismError(f"{where}: {problems}. Fields: {known}") from None
 
     def budgets(self, full_budget: int) -> list[int] | None:

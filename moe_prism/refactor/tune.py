@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..checkpoint.schema import ElasticConfig
 from ..elastic import attach
 from ..elastic.budgets import elastic_layers
-from ..elastic.compensation import Compensation
+from ..elastic.compensation import FITTED, FittedRecalibration
 from ..elastic.model import COMPENSATION, NEURON_SCALE, detach
 from ..elastic.plan import Plan
 from ..errors import PrismError
@@ -81,12 +81,14 @@ def tune(
                 dial.plan = Plan(scan, size)
                 elastic = elastic.model_copy(update={"scan": scan})
             for layer, state in elastic_layers(model):
-                zeros = torch.zeros(len(fitted), layer.num_experts, layer.hidden_size)
-                state.compensation = Compensation(zeros, fitted, full) if fitted else None
+                if fitted:
+                    kind = FITTED[recipe.recalibration]
+                    zeros = torch.zeros(len(fitted), kind.rows(layer.num_experts), layer.hidden_size)
+                    state.compensation = kind(zeros, fitted, full)
             for position, k_active in reversed(list(enumerate(fitted))):
                 _fit(model, windows, position, k_active, work, lambda done, total: tell("compensate", done, total))
             for layer, state in elastic_layers(model):
-                if state.compensation is not None:
+                if isinstance(state.compensation, FittedRecalibration):
                     tensors[f"{layer.name}.{COMPENSATION}"] = state.compensation.vectors.cpu()
             elastic = elastic.model_copy(update={"compensated": fitted})
         finally:
@@ -107,7 +109,7 @@ def _fit(
 ) -> None:
     kept = work.vectors(k_active)
     for layer, state in elastic_layers(model):
-        assert state.compensation is not None  # the caller attached it
+        assert isinstance(state.compensation, FittedRecalibration)  # the caller attached it
         vectors = state.compensation.vectors
         if kept is not None:
             vectors[position] = kept[layer.name]
