@@ -46,10 +46,13 @@ from moe_prism.refactor import load_stock
 SHARES = (0.75, 0.5, 0.25)
 _PAPER = {"solver": "annealing", "impact": "activation"}
 _STATIC = {"solver": "importance", "gate": "static"}
+_PROBE = {"solver": "importance", "gate": "probe"}
 METHODS: dict[str, dict[str, Any]] = {
     "paper: proxy": _PAPER | {"gate": "proxy", "gate_options": {"weighted": False}},
     "paper: linear": _PAPER | {"gate": "linear"},
     "balanced, weighted proxy": {"solver": "balanced", "gate": "proxy"},
+    "probe": _PROBE,
+    "probe, compensated": _PROBE | {"compensation_budgets": 8},
     "static": _STATIC,
     "static, compensated": _STATIC | {"compensation_budgets": 8},
     "static, scaled": _STATIC | {"compensation_budgets": 8, "recalibration": "scale"},

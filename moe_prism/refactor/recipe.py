@@ -46,7 +46,7 @@ class Recipe(BaseModel):
         description="A neuron's impact on a token: activation = |activation| as in the paper; output = routing weight "
         "x |activation| x norm of the neuron's down weights, which bounds what its absence changes.",
     )
-    gate: str = Field("proxy", description="What scores sub-experts at run time: proxy, linear, static.")
+    gate: str = Field("proxy", description="What scores sub-experts at run time: proxy, linear, static, probe.")
     gate_options: dict[str, Any] = Field(default_factory=dict, description="Options of that gate.")
     neurons: Literal["auto", "gate-first", "all"] = Field(
         "all",
