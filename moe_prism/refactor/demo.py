@@ -30,6 +30,7 @@ _PARTITION: dict[str, Any] = {
     "solver_options": {},
     "impact": "activation",
     "neurons": "all",
+    "shadow_bits": 0,
     "compensation_budgets": 0,
     "recalibration": "mean",
 }

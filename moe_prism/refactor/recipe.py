@@ -55,6 +55,12 @@ class Recipe(BaseModel):
         "budget. auto = gate-first where every expert is silu(gate) * up without biases and the gate computes no "
         "neurons, else all.",
     )
+    shadow_bits: Literal[0, 4] = Field(
+        0,
+        description="4: a copy of the experts is kept whose weights can be read at 4 bits and then raised to 8; "
+        "budgets count bytes, and a neuron is skipped, run at 4 bits or run at 8 (needs neurons: gate-first). "
+        "0: no copy.",
+    )
     compensation_budgets: int = Field(
         0,
         ge=0,
@@ -89,6 +95,8 @@ class Recipe(BaseModel):
             raise ValueError("recalibration: scale needs compensation_budgets of 1 or more, e.g. 8")
         if self.recalibration == "renormalise" and self.compensation_budgets:
             raise ValueError("recalibration: renormalise fits nothing; set compensation_budgets: 0")
+        if self.shadow_bits and self.neurons != "gate-first":
+            raise ValueError(f"shadow_bits: {self.shadow_bits} needs neurons: gate-first, got {self.neurons}")
         return self
 
     @staticmethod
