@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..experts.shadow import LOWER_SHARE, UPPER_SHARE, Planes, Shadow, from_planes
-from .executors import Executor
+from .executors import CpuExecutor, Executor
 from .executors.base import num_experts
 from .executors.masked import best_neurons, runs_of
+from .kernels import digit_neurons
 from .plan import Plan
 from .selection import Selection
 
@@ -101,7 +104,8 @@ def run_ladder(
 ) -> Tensor:
     """Weighted sum of the outputs of the neurons that run; fp32 sums.
 
-    It computes whole experts and zeroes what does not run: right for measuring and for long inputs, not fast.
+    Where ``executor`` is that of few tokens on a CPU, a compiled kernel reads the rows and digits that run and no
+    others. Elsewhere whole experts are computed and what does not run is zeroed: right for measuring, not fast.
 
     Args:
         module: stacked experts.
@@ -113,7 +117,7 @@ def run_ladder(
         neurons: int64 ``[T]`` on the CPU, neurons that run, the best by ``weight |silu(gate)| scale``.
         raised: int64 ``[T]`` on the CPU, of these, neurons that run at 8 bits, the best by ``weight |silu(gate) up|
             norm``; ``STORED``: the token runs the stored weights.
-        executor: for the stored weights.
+        executor: for the stored weights; its kind says whether the tokens are few.
 
     Returns:
         ``[T, H]`` in the dtype of ``x``.
@@ -123,15 +127,44 @@ def run_ladder(
     if bool(stored.any()):
         theirs = stored[selection.token]
         out += executor.run(module, x, Selection(*(values[theirs] for values in selection)), n).float()
+        selection = Selection(*(values[~theirs] for values in selection))
+    if isinstance(executor, CpuExecutor):
+        out += _digits(shadow, x, selection, n, scale, neurons, raised)
+        return out.to(x.dtype)
     for begin in range(0, len(x), _CHUNK):
         part = slice(begin, begin + _CHUNK)
-        mine = (selection.token >= begin) & (selection.token < begin + _CHUNK) & ~stored[selection.token]
+        mine = (selection.token >= begin) & (selection.token < begin + _CHUNK)
         chosen = Selection(*(values[mine] for values in selection))
         chosen = chosen._replace(token=chosen.token - begin)
         if len(chosen.token):
             counts = neurons[part].to(x.device), raised[part].clamp(min=0).to(x.device)
             out[part] += _some_low(num_experts(module), shadow, x[part].float(), chosen, n, scale, *counts)
     return out.to(x.dtype)
+
+
+def _digits(
+    shadow: Shadow, x: Tensor, selection: Selection, n: int, scale: Tensor, neurons: Tensor, raised: Tensor
+) -> Tensor:
+    def arrays(planes: Planes) -> tuple[NDArray[np.generic], ...]:
+        upper, lower, steps = (plane.flatten(0, 1) for plane in planes)
+        return upper.numpy(), lower.numpy(), steps.view(torch.int16).numpy().view(np.uint16)
+
+    size = scale.shape[1] // n
+    found = digit_neurons(
+        arrays(shadow.gate_up),
+        arrays(shadow.down),
+        x.detach().float().contiguous().numpy(),
+        selection.token.numpy(),
+        selection.sub_expert.numpy(),
+        selection.weight.detach().float().numpy(),
+        scale.view(-1, size).numpy(),
+        shadow.norms.flatten().numpy(),
+        neurons.clamp(min=1).numpy(),
+        raised.clamp(min=0).numpy(),
+        scale.shape[1],
+        n,
+    )
+    return torch.from_numpy(found)
 
 
 def _some_low(

@@ -75,11 +75,48 @@ def test_it_is_the_sum_of_the_neurons_at_their_bits(how, seed: int, monkeypatch:
     neurons, raised = (torch.tensor(part[:seed], dtype=torch.int64) for part in how)
     with torch.no_grad():
         expected = by_hand(module, shadow, x, selection, 4, scale, neurons, raised)
-        for chunk in (2048, 2):
+        for name, chunk in (("masked", 2048), ("masked", 2), ("cpu", 0)):
             monkeypatch.setattr("moe_prism.elastic.ladder._CHUNK", chunk)
-            reference = EXECUTORS.create("reference")
-            found = run_ladder(module, shadow, x, selection, 4, scale, neurons, raised, reference)
+            executor = EXECUTORS.create(name)
+            found = run_ladder(module, shadow, x, selection, 4, scale, neurons, raised, executor)
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["masked", "cpu"])
+def test_a_nan_is_not_skipped(name: str) -> None:
+    module = layer_of("olmoe")
+    x = torch.randn(2, 32)
+    x[0, 3] = torch.nan
+    selection = random_selection(2, 2, 4, int(module.num_experts), "random", 0)
+    counts = torch.tensor([2, 2]), torch.tensor([1, 1])
+    scale = torch.ones(int(module.num_experts), 16)
+    with torch.no_grad():
+        executor = EXECUTORS.create(name)
+        found = run_ladder(module, make_shadow(module), x, selection, 4, scale, *counts, executor)
+    assert found[0].isnan().all()
+    assert not found[1].isnan().any()
+
+
+def test_a_few_bfloat16_tokens_and_many_give_the_same() -> None:
+    torch.manual_seed(0)
+    module = layer_of("olmoe", 32, 64, torch.bfloat16)
+    x = torch.randn(6, 64).bfloat16()
+    selection = random_selection(6, 3, 4, int(module.num_experts), "random", 0)
+    scale, shadow = torch.rand(int(module.num_experts), 32), make_shadow(module)
+    counts = torch.tensor([9] * 6), torch.tensor([3] * 6)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for name, how_many in (("masked", 1), ("cpu", 1), ("cpu", 2)):
+            torch.set_num_threads(how_many)
+            with torch.no_grad():
+                executor = EXECUTORS.create(name)
+                found.append(run_ladder(module, shadow, x, selection, 4, scale, *counts, executor))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0].dtype == torch.bfloat16
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=2e-2, rtol=2e-2)
 
 
 @given(st.integers(2, 64), st.integers(2, 40), st.sampled_from([0.0, 0.05, 0.4, 1.0]), st.data())
