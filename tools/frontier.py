@@ -48,23 +48,28 @@ SHARES = (0.75, 0.5, 0.25)
 _PAPER = {"solver": "annealing", "impact": "activation"}
 _STATIC = {"solver": "importance", "gate": "static"}
 _PROBE = {"solver": "importance", "gate": "probe"}
+_NEURONS = {"neurons": "gate-first"}
 METHODS: dict[str, dict[str, Any]] = {
     "paper: proxy": _PAPER | {"gate": "proxy", "gate_options": {"weighted": False}},
     "paper: linear": _PAPER | {"gate": "linear"},
     "balanced, weighted proxy": {"solver": "balanced", "gate": "proxy"},
-    "probe": _PROBE,
-    "probe, compensated": _PROBE | {"compensation_budgets": 8},
     "static": _STATIC,
     "static, compensated": _STATIC | {"compensation_budgets": 8},
+    "gate-first": _STATIC | _NEURONS,
+    "gate-first, compensated": _STATIC | _NEURONS | {"compensation_budgets": 8},
+    "ladder": _STATIC | _NEURONS | {"shadow_bits": 4},
+}
+# What varies one thing of the above; `make ablation` measures them.
+ABLATIONS: dict[str, dict[str, Any]] = {
     "static, scaled": _STATIC | {"compensation_budgets": 8, "recalibration": "scale"},
     "static, renormalised": _STATIC | {"recalibration": "renormalise"},
-    "gate-first": _STATIC | {"neurons": "gate-first"},
-    "gate-first, compensated": _STATIC | {"neurons": "gate-first", "compensation_budgets": 8},
-    "gate-first, scaled": _STATIC | {"neurons": "gate-first", "compensation_budgets": 8, "recalibration": "scale"},
-    "gate-first, renormalised": _STATIC | {"neurons": "gate-first", "recalibration": "renormalise"},
-    "ladder": _STATIC | {"neurons": "gate-first", "shadow_bits": 4},
-    "ladder, compensated": _STATIC | {"neurons": "gate-first", "shadow_bits": 4, "compensation_budgets": 8},
+    "probe": _PROBE,
+    "probe, compensated": _PROBE | {"compensation_budgets": 8},
+    "gate-first, scaled": _STATIC | _NEURONS | {"compensation_budgets": 8, "recalibration": "scale"},
+    "gate-first, renormalised": _STATIC | _NEURONS | {"recalibration": "renormalise"},
+    "ladder, compensated": _STATIC | _NEURONS | {"shadow_bits": 4, "compensation_budgets": 8},
 }
+ALL = METHODS | ABLATIONS
 ORIGINAL = "original"
 BASELINE = "fewer experts"
 ROUNDED = {8: "original, experts at 8 bits", 4: "original, experts at 4 bits"}
@@ -167,7 +172,7 @@ def quantised_rows(source: str, held: Held, bits: int) -> list[Any]:
 
 def method_rows(args: argparse.Namespace, method: str, seed: int, calibration: Path, held: Held) -> list[Any]:
     """Refactor by one method, then measure."""
-    recipe = Recipe.of(METHODS[method] | {
+    recipe = Recipe.of(ALL[method] | {
         "num_sub_experts": args.num_sub_experts, "calibration_tokens": args.calibration_tokens, "seed": seed,
     })  # fmt: skip
     folder = args.out.parent / "checkpoint"
@@ -227,7 +232,7 @@ def _lines(rows: list[Any]) -> list[tuple[str, str]]:
     """Methods with the axes that they were measured on; one that differs nowhere stands for both."""
     measured = {(row["method"], row["axis"]) for row in rows}
     found: list[tuple[str, str]] = []
-    for method in (BASELINE, *METHODS):
+    for method in (BASELINE, *ALL):
         apart = [axis for axis in AXES if (method, axis) in measured]
         found += [(method, axis) for axis in apart or [BOTH]]
     return found
@@ -286,7 +291,7 @@ def main() -> int:
     parser.add_argument("--num-sub-experts", type=int, default=8)
     parser.add_argument("--mcq", type=Path, nargs="*", default=[], help="multiple-choice sets (.jsonl)")
     parser.add_argument("--questions", type=int, default=100, help="of every set")
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
+    parser.add_argument("--methods", nargs="+", choices=[*ALL], default=[*METHODS])
     parser.add_argument("--out", type=Path, default=Path("build/frontier/frontier.json"))
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
