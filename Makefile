@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier frontier-second frontier-dense bench-kernels bench-crossovers bench-batch bench-decode clean distclean
+.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier ablation frontier-second frontier-dense bench-kernels bench-crossovers bench-batch bench-decode clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -104,6 +104,15 @@ frontier: $(VENV)/.dev ## quality at equal cost, method by method (30 minutes) -
 	$(BIN)/python tools/frontier.py --calibration $(CALIBRATION) $(DATA)/wikitext2/train-first1MB.txt --text $(VALID) \
 	  --mcq $(MCQ) $(ARGS)
 
+ablation: $(VENV)/.dev ## what each choice is worth, and N from 4 to 32; one seed (an hour) -> build/ablation/
+	$(BIN)/python tools/frontier.py --calibration $(CALIBRATION) --text $(VALID) --seeds 1 --tokens 8192 \
+	  --calibration-tokens 8192 --out build/ablation/n8/frontier.json --methods static "static, compensated" \
+	  "static, scaled" "static, renormalised" probe "probe, compensated" gate-first "gate-first, compensated" \
+	  "gate-first, scaled" "gate-first, renormalised" ladder "ladder, compensated" $(ARGS)
+	for n in 4 16 32; do $(BIN)/python tools/frontier.py --calibration $(CALIBRATION) --text $(VALID) --seeds 1 \
+	  --tokens 8192 --calibration-tokens 8192 --num-sub-experts $$n --out build/ablation/n$$n/frontier.json \
+	  --methods "gate-first, compensated" ladder $(ARGS) || exit 1; done
+
 # Another MoE (seed, sizes, top-k, renormalised weights), so that nothing is tuned to the bundled one.
 SECOND := build/second/model
 $(SECOND)/config.json: | $(VENV)/.dev
@@ -128,7 +137,7 @@ frontier-dense: $(DENSE)/config.json ## the same on SmolLM2-135M as one expert a
 	$(BIN)/python tools/frontier.py --model $(DENSE) --calibration $(DATA)/wikitext2/train-first1MB.txt \
 	  --text $(DATA)/wikitext2/test.txt --tokens 4096 --calibration-tokens 4096 --num-sub-experts 16 --seeds 1 \
 	  --mcq $(filter-out %/boolq.jsonl,$(MCQ)) --questions 25 --out build/frontier/smollm2/frontier.json \
-	  --methods static gate-first "gate-first, compensated" "static, compensated" "balanced, weighted proxy" \
+	  --methods static gate-first "gate-first, compensated" "static, compensated" ladder "balanced, weighted proxy" \
 	  "paper: proxy" $(ARGS)
 
 bench-kernels: $(VENV)/.dev ## time of a layer by executor and budget (15 minutes, 4 GB) -> build/bench/kernels.json

@@ -7,7 +7,8 @@ Every row is the public way: a recipe refactors the model, and the largest budge
 within the share is measured. Rows are kept one by one, so a run that was stopped goes on where it was. The baseline
 is the original model with fewer whole experts; beside it stands the original with its experts rounded to 8 and 4 bits
 (groups of 32, to nearest), which saves bytes and no FLOPs: what users will ask about. FLOPs and bytes of a token that
-is alone in its step are the same share for all other rows, since every weight that is used is read once. A model with
+is alone in its step are two axes: the ladder, which reads few bits, is measured at the largest budget of each; for the
+other methods they are the same share, since every weight that is used is read once. A model with
 one expert (a dense model, tools/dense_bed.py) has no experts to drop: "static" is then what others are compared with.
 Accuracy on multiple-choice questions does not depend on the text and stands in the rows of every text. Knows nothing
 of time.
@@ -46,26 +47,43 @@ from moe_prism.refactor import load_stock
 SHARES = (0.75, 0.5, 0.25)
 _PAPER = {"solver": "annealing", "impact": "activation"}
 _STATIC = {"solver": "importance", "gate": "static"}
+_PROBE = {"solver": "importance", "gate": "probe"}
+_NEURONS = {"neurons": "gate-first"}
 METHODS: dict[str, dict[str, Any]] = {
     "paper: proxy": _PAPER | {"gate": "proxy", "gate_options": {"weighted": False}},
     "paper: linear": _PAPER | {"gate": "linear"},
     "balanced, weighted proxy": {"solver": "balanced", "gate": "proxy"},
     "static": _STATIC,
     "static, compensated": _STATIC | {"compensation_budgets": 8},
-    "gate-first": _STATIC | {"neurons": "gate-first"},
-    "gate-first, compensated": _STATIC | {"neurons": "gate-first", "compensation_budgets": 8},
+    "gate-first": _STATIC | _NEURONS,
+    "gate-first, compensated": _STATIC | _NEURONS | {"compensation_budgets": 8},
+    "ladder": _STATIC | _NEURONS | {"shadow_bits": 4},
 }
+# What varies one thing of the above; `make ablation` measures them.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "static, scaled": _STATIC | {"compensation_budgets": 8, "recalibration": "scale"},
+    "static, renormalised": _STATIC | {"recalibration": "renormalise"},
+    "probe": _PROBE,
+    "probe, compensated": _PROBE | {"compensation_budgets": 8},
+    "gate-first, scaled": _STATIC | _NEURONS | {"compensation_budgets": 8, "recalibration": "scale"},
+    "gate-first, renormalised": _STATIC | _NEURONS | {"recalibration": "renormalise"},
+    "ladder, compensated": _STATIC | _NEURONS | {"shadow_bits": 4, "compensation_budgets": 8},
+}
+ALL = METHODS | ABLATIONS
 ORIGINAL = "original"
 BASELINE = "fewer experts"
 ROUNDED = {8: "original, experts at 8 bits", 4: "original, experts at 4 bits"}
 GROUP = 32
 DROPPED_FIRST = (BASELINE, "static")  # the first of them that was measured is the baseline of the ratios
-COLOURS = ("tab:gray", "tab:red", "tab:pink", "tab:orange", "tab:olive", "tab:green", "tab:cyan", "tab:blue")
 
 
-def budget_within(model: Any, share: float) -> int | None:
-    """The largest budget whose FLOPs and bytes stay within a share, to half a percent; None if no budget does."""
-    fits = [k for k in range(1, full_budget(model) + 1) if max(cost_shares(model, k)) <= share + 0.005]
+AXES = ("bytes", "flops")
+BOTH = "both"
+
+
+def budget_within(model: Any, share: float, axis: str) -> int | None:
+    """The largest budget whose bytes or FLOPs stay within a share, to half a percent; None if no budget does."""
+    fits = [k for k in range(1, full_budget(model) + 1) if getattr(cost_shares(model, k), axis) <= share + 0.005]
     return max(fits, default=None)
 
 
@@ -94,20 +112,26 @@ class Held(NamedTuple):
     questions: Questions
 
 
-def rows_of(model: Any, runs: dict[float, Run], held: Held, known: dict[str, Any]) -> list[Any]:
-    """Every run on every text, as lines of the result."""
+def rows_of(model: Any, runs: dict[tuple[float, str], Run], held: Held, known: dict[str, Any]) -> list[Any]:
+    """Every run, by its share and the axis that the share is of, on every text, as lines of the result."""
     if not runs:
         return []
     rows = []
-    accuracies = held.questions.accuracies(model, list(runs.values()))
+    different = list({run.name: run for run in runs.values()}.values())  # two shares may allow the same budget
+    accuracies = held.questions.accuracies(model, different)
     for text, ids in held.texts.items():
-        results = measure(model, ids, [Run("full", None), *runs.values()])
-        for share, run in runs.items():
+        results = measure(model, ids, [Run("full", None), *different])
+        for (share, axis), run in runs.items():
             result: RunResult = results[run.name]
             excess, error = paired_difference(result.nll, results["full"].nll)
             figures = {"excess_nats": excess, "stderr": error, "kl": result.kl, "top1_agreement": result.top1_agreement}
             rounded = {name: round(value, 6) for name, value in figures.items()}
-            rows.append(known | {"text": text, "share": share, "setting": run.name} | rounded | accuracies[run.name])
+            rows.append(
+                known
+                | {"text": text, "share": share, "axis": axis, "setting": run.name}
+                | rounded
+                | accuracies[run.name]
+            )
     return rows
 
 
@@ -115,13 +139,13 @@ def original_rows(source: str, held: Held) -> list[Any]:
     """The original as it is, and with whole experts dropped."""
     model, _ = load_stock(source, "float32")
     known: dict[str, Any] = {"seed": None, "calibration": None}
-    rows = rows_of(model, {1.0: Run("as it is", None)}, held, {"method": ORIGINAL} | known)
+    rows = rows_of(model, {(1.0, BOTH): Run("as it is", None)}, held, {"method": ORIGINAL} | known)
     top_k = find_expert_layers(model)[0].top_k
-    runs = {}
+    runs: dict[tuple[float, str], Run] = {}
     for share in SHARES:
         k = int(share * top_k + 1e-9)
         if k:
-            runs[share] = Run(f"{k} of {top_k} experts", partial(routed_experts, model, k))
+            runs[share, BOTH] = Run(f"{k} of {top_k} experts", partial(routed_experts, model, k))
     return rows + rows_of(model, runs, held, {"method": BASELINE} | known)
 
 
@@ -143,12 +167,12 @@ def quantised_rows(source: str, held: Held, bits: int) -> list[Any]:
             round_weights(parameter.data, bits)  # type: ignore[arg-type]
     share = (bits + 16 / GROUP) / 16
     run = Run("every expert", nullcontext, rounded)
-    return rows_of(model, {share: run}, held, {"method": ROUNDED[bits], "seed": None, "calibration": None})
+    return rows_of(model, {(share, "bytes"): run}, held, {"method": ROUNDED[bits], "seed": None, "calibration": None})
 
 
 def method_rows(args: argparse.Namespace, method: str, seed: int, calibration: Path, held: Held) -> list[Any]:
     """Refactor by one method, then measure."""
-    recipe = Recipe.of(METHODS[method] | {
+    recipe = Recipe.of(ALL[method] | {
         "num_sub_experts": args.num_sub_experts, "calibration_tokens": args.calibration_tokens, "seed": seed,
     })  # fmt: skip
     folder = args.out.parent / "checkpoint"
@@ -159,12 +183,16 @@ def method_rows(args: argparse.Namespace, method: str, seed: int, calibration: P
     text.write_text(read_text(calibration, characters * (seed + 1))[characters * seed :][:characters], encoding="utf-8")
     make_elastic(args.model, folder, recipe, text=str(text), compute_dtype="float32")
     model = load_elastic(folder, dtype="float32")
-    runs = {}
+    runs: dict[tuple[float, str], Run] = {}
     for share in SHARES:
-        k = budget_within(model, share)
-        if k is not None:
-            cost = max(cost_shares(model, k))
-            runs[share] = Run(f"budget {k} at {cost:.3f}", partial(budget, model, k))
+        fits = {axis: budget_within(model, share, axis) for axis in AXES}
+        if len(set(fits.values())) == 1:
+            fits = {BOTH: fits[AXES[0]]}
+        for axis, k in fits.items():
+            if k is not None:
+                cost = cost_shares(model, k)
+                name = f"budget {k} at {cost.bytes:.3f} of the bytes, {cost.flops:.3f} of the FLOPs"
+                runs[share, axis] = Run(name, partial(budget, model, k))
     return rows_of(model, runs, held, {"method": method, "seed": seed, "calibration": text_name(calibration)})
 
 
@@ -175,15 +203,15 @@ def table(rows: list[Any]) -> str:
     lines.append("|" + "---|" * (3 + len(SHARES)))
     for calibration in sorted({row["calibration"] for row in rows if row["calibration"]}):
         for text in dict.fromkeys(row["text"] for row in rows):
-            for method in (BASELINE, *METHODS):
+            for method, axis in _lines(rows):
                 cells = []
                 for share in SHARES:
-                    mine = _mean(rows, method, calibration, text, share)
-                    base = _mean(rows, baseline, calibration, text, share)
+                    mine = _mean(rows, method, calibration, text, share, axis)
+                    base = _mean(rows, baseline, calibration, text, share, axis)
                     ratio = "" if mine is None or not base or method == baseline else f" ({mine / base:.2f})"
                     cells.append("" if mine is None else f"{mine:+.4f}{ratio}")
                 if any(cells):
-                    lines.append(f"| {calibration} | {text} | {method} | {' | '.join(cells)} |")
+                    lines.append(f"| {calibration} | {text} | {_label(method, axis)} | {' | '.join(cells)} |")
     lines += ["", "| text | method | bytes | FLOPs | excess |", "|---|---|---|---|---|"]
     for row in rows:
         if row["method"] in ROUNDED.values():
@@ -194,15 +222,32 @@ def table(rows: list[Any]) -> str:
         for row in rows:
             if row["text"] == rows[0]["text"] and row["seed"] in (None, 0):
                 sets = ", ".join(f"{name} {value:.1%}" for name, value in row["mcq_sets"].items())
-                lines.append(f"| {row['method']} | {row['share']:.0%} | {row['mcq']:.1%} | {sets} |")
+                lines.append(
+                    f"| {_label(row['method'], row['axis'])} | {row['share']:.0%} | {row['mcq']:.1%} | {sets} |"
+                )
     return "\n".join(lines)
 
 
-def _mean(rows: list[Any], method: str, calibration: str, text: str, share: float) -> float | None:
+def _lines(rows: list[Any]) -> list[tuple[str, str]]:
+    """Methods with the axes that they were measured on; one that differs nowhere stands for both."""
+    measured = {(row["method"], row["axis"]) for row in rows}
+    found: list[tuple[str, str]] = []
+    for method in (BASELINE, *ALL):
+        apart = [axis for axis in AXES if (method, axis) in measured]
+        found += [(method, axis) for axis in apart or [BOTH]]
+    return found
+
+
+def _label(method: str, axis: str) -> str:
+    return method if axis == BOTH else f"{method} ({'FLOPs' if axis == 'flops' else axis})"
+
+
+def _mean(rows: list[Any], method: str, calibration: str, text: str, share: float, axis: str) -> float | None:
     found = [
         row["excess_nats"]
         for row in rows
         if (row["method"], row["text"], row["share"]) == (method, text, share)
+        and (row["axis"] == axis or BOTH in (row["axis"], axis))
         and row["calibration"] in (None, calibration)
     ]
     return sum(found) / len(found) if found else None
@@ -217,11 +262,11 @@ def plot(rows: list[Any], path: Path) -> None:
     texts = list(dict.fromkeys(row["text"] for row in rows))
     figure, panels = plt.subplots(1, len(texts), figsize=(6 * len(texts), 4.5), squeeze=False)
     for panel, text in zip(panels[0], texts, strict=True):
-        for method, colour in zip((BASELINE, *METHODS), COLOURS, strict=True):
-            points = [(s, _mean(rows, method, calibration, text, s)) for s in SHARES]
+        for (method, axis), colour in zip(_lines(rows), mpl.colormaps["tab20"].colors, strict=False):
+            points = [(s, _mean(rows, method, calibration, text, s, axis)) for s in SHARES]
             known = [(share, max(value, 1e-4)) for share, value in points if value is not None]
             if known:
-                panel.plot(*zip(*known, strict=True), "o-", color=colour, label=method)
+                panel.plot(*zip(*known, strict=True), "o-", color=colour, label=_label(method, axis))
         panel.set(
             yscale="log",
             title=text,
@@ -246,7 +291,7 @@ def main() -> int:
     parser.add_argument("--num-sub-experts", type=int, default=8)
     parser.add_argument("--mcq", type=Path, nargs="*", default=[], help="multiple-choice sets (.jsonl)")
     parser.add_argument("--questions", type=int, default=100, help="of every set")
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
+    parser.add_argument("--methods", nargs="+", choices=[*ALL], default=[*METHODS])
     parser.add_argument("--out", type=Path, default=Path("build/frontier/frontier.json"))
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)

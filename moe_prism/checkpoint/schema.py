@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -73,8 +73,19 @@ class ElasticConfig(_Frozen):
         description="For every budget K = 1..full_budget, how many sub-experts' gate rows are read before neurons are "
         "chosen inside them; K itself where all their neurons run. Null: no budget skips neurons.",
     )
+    ladder: list[tuple[int, int, int]] | None = Field(
+        default=None,
+        description="For every budget K = 1..full_budget - 1: sub-experts whose gate rows are read at 4 bits, "
+        "neurons of these that run at 4 bits or more, neurons of these that run at 8. "
+        "Null: budgets read the stored weights.",
+    )
     compensated: list[int] = Field(
         default_factory=list, description="Ascending budgets that the layers' compensation vectors were fitted at."
+    )
+    recalibration: Literal["mean", "scale", "renormalise"] = Field(
+        default="mean",
+        description="What is done to a layer's output below full budget. mean and scale: with the vectors fitted at "
+        "the compensated budgets, if any; renormalise: routing weights of the experts that run keep their sum.",
     )
     calibration: Calibration
     weights_dtype: str = Field(min_length=1, description='Storage type of the expert weights, e.g. "bfloat16".')
@@ -108,9 +119,26 @@ class ElasticConfig(_Frozen):
                 most = min(self.full_budget, 3 * k - 1)
                 if not k <= scan <= most:
                     raise ValueError(f"scan of budget {k} must be from {k} to {most}, got {scan}")
+        if self.ladder is not None:
+            self._check_ladder(self.ladder)
         fitted = self.compensated
         if fitted != sorted(set(fitted)) or any(not 1 <= k < self.full_budget for k in fitted):
             raise ValueError(f"compensated must ascend within 1..{self.full_budget - 1}, got {fitted}")
+
+    def _check_ladder(self, ladder: Sequence[tuple[int, int, int]]) -> None:
+        if self.scan is not None:
+            raise ValueError("scan and ladder are two ways to spend a budget; give one")
+        if len(ladder) != self.full_budget - 1:
+            raise ValueError(
+                f"ladder has {len(ladder)} rungs, needed is one for every budget below full: {self.full_budget - 1}"
+            )
+        size = self.num_neurons // self.num_sub_experts
+        for k, (scan, neurons, raised) in enumerate(ladder, 1):
+            if not (1 <= scan <= self.full_budget and 1 <= neurons <= scan * size and 0 <= raised <= neurons):
+                raise ValueError(f"rung {scan, neurons, raised} of budget {k} is impossible")
+            # 4.5 bits a weight with scales, 4 more where it is raised, 16 as stored
+            if (scan * size + 2 * neurons) * 4.5 + 3 * raised * 4 > 3 * k * size * 16:
+                raise ValueError(f"rung {scan, neurons, raised} reads more than budget {k} pays for")
 
 
 class _Point(_Frozen):

@@ -1,17 +1,20 @@
-"""What a budget's output lacks on average, added back: one vector per expert and fitted budget.
+"""What a budget's output lacks, given back: by vectors, by a scale per dimension, or by renormalised routing weights.
 
-Skipped neurons leave a gap whose mean, given that an expert was routed to, is known from calibration. The vectors
-are fitted by ``refactor.compensate``; between fitted budgets they are interpolated, and at full budget they are zero.
+What is fitted (``refactor.compensate``) is interpolated between the fitted budgets and nothing at full budget, which
+stays the original. Knows nothing of how a budget chose what to run.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..errors import PrismError
 from ..gates import Cost, LayerShape
+from .selection import Selection
 
 
 def interpolation(fitted: Sequence[int], full_budget: int) -> Tensor:
@@ -30,17 +33,31 @@ def interpolation(fitted: Sequence[int], full_budget: int) -> Tensor:
     return rows[:, :-1]
 
 
-def compensation_cost(shape: LayerShape) -> Cost:
-    """Work per token: the vectors of its experts at the two fitted budgets around its own."""
-    weights = 2 * shape.top_k * shape.hidden_size
-    return Cost(2 * weights, weights)
+class Recalibration(ABC):
+    """What is done to the output of one layer below full budget."""
+
+    @abstractmethod
+    def apply(self, out: Tensor, index: Tensor, weights: Tensor, budgets: Tensor, selection: Selection) -> Tensor:
+        """The corrected output, fp32 ``[T, H]``.
+
+        Args:
+            out: fp32 ``[T, H]``, what the budget computed.
+            index: int64 ``[T, k]`` routed experts.
+            weights: ``[T, k]`` routing weights; zero where a slot holds no expert.
+            budgets: int64 ``[T]``.
+            selection: the sub-experts that ran, or that were looked at.
+        """
+
+    @abstractmethod
+    def cost(self, shape: LayerShape) -> Cost:
+        """Work per token."""
 
 
-class Compensation:
-    """The vectors of one layer.
+class FittedRecalibration(Recalibration):
+    """One whose tensor was fitted at a few budgets.
 
     Attributes:
-        vectors: fp32 ``[P, E, H]``.
+        vectors: fp32 ``[P, R, H]``; R is the number of experts, or what the class says.
         shares: ``interpolation`` of the budgets they were fitted at.
     """
 
@@ -49,16 +66,28 @@ class Compensation:
         self.vectors = vectors
         self.shares = interpolation(fitted, full_budget)
 
-    def of(self, index: Tensor, weights: Tensor, budgets: Tensor) -> Tensor:
-        """What to add to the output of every token: fp32 ``[T, H]``.
+    @staticmethod
+    @abstractmethod
+    def rows(num_experts: int) -> int:
+        """R of a layer."""
 
-        Args:
-            index: int64 ``[T, k]`` routed experts.
-            weights: ``[T, k]`` routing weights; zero where a slot holds no expert.
-            budgets: int64 ``[T]``.
-        """
-        if self.vectors.device != index.device:
-            self.vectors, self.shares = self.vectors.to(index.device), self.shares.to(index.device)
+    def place(self, device: torch.device) -> None:
+        """Move to a device, once."""
+        if self.vectors.device != device:
+            self.vectors, self.shares = self.vectors.to(device), self.shares.to(device)
+
+
+class Compensation(FittedRecalibration):
+    """One vector per expert, times its routing weight, is added: the mean of what is skipped."""
+
+    @staticmethod
+    def rows(num_experts: int) -> int:
+        """One vector per expert."""
+        return num_experts
+
+    def of(self, index: Tensor, weights: Tensor, budgets: Tensor) -> Tensor:
+        """What to add to the output of every token: fp32 ``[T, H]``; arguments as of ``apply``."""
+        self.place(index.device)
         routed = torch.zeros(len(index), self.vectors.shape[1], device=index.device)
         routed.scatter_add_(1, index, weights.float())
         shares = self.shares[budgets]
@@ -66,3 +95,75 @@ class Compensation:
         for p in shares.any(dim=0).nonzero().flatten().tolist():
             out.addmm_(routed * shares[:, p : p + 1], self.vectors[p])
         return out
+
+    def apply(self, out: Tensor, index: Tensor, weights: Tensor, budgets: Tensor, selection: Selection) -> Tensor:
+        """See ``Recalibration.apply``."""
+        return out + self.of(index, weights, budgets)
+
+    def cost(self, shape: LayerShape) -> Cost:
+        """The vectors of a token's experts at the two fitted budgets around its own."""
+        weights = 2 * shape.top_k * shape.hidden_size
+        return Cost(2 * weights, weights)
+
+
+class OutputScale(FittedRecalibration):
+    """Every dimension of the layer's output is scaled and shifted: ``out * (1 + vectors[p, 0]) + vectors[p, 1]``."""
+
+    @staticmethod
+    def rows(num_experts: int) -> int:
+        """What the scale differs from 1 by, and the shift."""
+        return 2
+
+    def apply(self, out: Tensor, index: Tensor, weights: Tensor, budgets: Tensor, selection: Selection) -> Tensor:
+        """See ``Recalibration.apply``."""
+        self.place(out.device)
+        scale, shift = (self.shares[budgets] @ self.vectors.flatten(1)).chunk(2, dim=1)
+        return out + out * scale + shift
+
+    def cost(self, shape: LayerShape) -> Cost:
+        """Scale and shift at the two fitted budgets around its own."""
+        weights = 4 * shape.hidden_size
+        return Cost(2 * weights, weights)
+
+
+class Renormalisation(Recalibration):
+    """The weights of the experts of which anything runs are scaled to the sum of all routed experts' weights.
+
+    That is what routers with renormalised weights (``norm_topk_prob``) do when they choose fewer experts. Nothing is
+    fitted.
+    """
+
+    def apply(self, out: Tensor, index: Tensor, weights: Tensor, budgets: Tensor, selection: Selection) -> Tensor:
+        """See ``Recalibration.apply``; a token whose experts all run is not changed by a bit."""
+        runs = torch.zeros(weights.shape, dtype=torch.bool, device=weights.device)
+        runs[selection.token, selection.slot] = True
+        kept = (weights.float() * runs).sum(dim=1, keepdim=True)
+        total = weights.float().sum(dim=1, keepdim=True)
+        return out * torch.where(kept > 0, total / kept, torch.ones_like(kept))
+
+    def cost(self, shape: LayerShape) -> Cost:
+        """Two sums of the routing weights and a product per dimension; no weights are read."""
+        return Cost(float(2 * shape.top_k + shape.hidden_size), 0.0)
+
+
+FITTED: dict[str, type[FittedRecalibration]] = {"mean": Compensation, "scale": OutputScale}
+RENORMALISE = "renormalise"
+
+
+def recalibration(name: str, vectors: Tensor | None, fitted: Sequence[int], full_budget: int) -> Recalibration | None:
+    """What a checkpoint says, as an object; None where nothing is done.
+
+    Args:
+        name: "mean", "scale" or "renormalise".
+        vectors: as of ``FittedRecalibration``; None where nothing was fitted.
+        fitted: the budgets they were fitted at.
+        full_budget: k * N.
+
+    Raises:
+        PrismError: no such recalibration.
+    """
+    if name == RENORMALISE:
+        return Renormalisation()
+    if name not in FITTED:
+        raise PrismError(f"recalibration must be one of {', '.join([*FITTED, RENORMALISE])}, got {name!r}")
+    return None if vectors is None else FITTED[name](vectors, fitted, full_budget)

@@ -8,7 +8,6 @@ from torch import nn
 
 from ..gates import LayerShape
 from .budgets import elastic_layers
-from .compensation import compensation_cost
 
 
 class CostShares(NamedTuple):
@@ -21,8 +20,8 @@ class CostShares(NamedTuple):
 def cost_shares(model: nn.Module, k_active: int) -> CostShares:
     """Routed FLOPs and bytes of a budget, gate included, as shares of the original's.
 
-    Bytes are those of a token that is alone in its step: every weight it uses is read once. At full
-    budget the gate does not run.
+    Bytes are those of a token that is alone in its step: every weight it uses is read once. They differ from FLOPs
+    where a shadow of fewer bits is read (``elastic.ladder``). At full budget the gate does not run.
     """
     layer, state = elastic_layers(model)[0]
     state.dial.check(k_active)
@@ -31,13 +30,14 @@ def cost_shares(model: nn.Module, k_active: int) -> CostShares:
     shape = LayerShape(layer.num_experts, layer.num_neurons, layer.hidden_size, layer.top_k, state.num_sub_experts)
     size = layer.num_neurons // state.num_sub_experts
     full = layer.top_k * layer.num_neurons * 3 * layer.hidden_size
-    run, scan = 3 * k_active * size * layer.hidden_size, k_active
+    products = read = 3.0 * k_active * size
+    scan = k_active
     plan = state.dial.plan
-    if plan is not None:  # a gate row of every neuron looked at, an up and a down row of those that run
-        scan = int(plan.scan[k_active])
-        run = (scan * size + 2 * int(plan.neurons[k_active])) * layer.hidden_size
+    if plan is not None:
+        scan, products, read = int(plan.scan[k_active]), plan.products(k_active), plan.rows_read(k_active)
     costs = [state.gate.cost(shape, scan)]
     if state.compensation is not None:
-        costs.append(compensation_cost(shape))
+        costs.append(state.compensation.cost(shape))
     flops, weights = sum(cost.flops for cost in costs), sum(cost.weights for cost in costs)
-    return CostShares((2 * run + flops) / (2 * full), (run + weights) / full)
+    hidden = layer.hidden_size
+    return CostShares((2 * products * hidden + flops) / (2 * full), (read * hidden + weights) / full)

@@ -16,12 +16,14 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from .._on_import import IMPLEMENTATION
 from ..errors import PrismError
 from ..experts.neurons import down_bias
+from ..experts.shadow import Shadow
 from ..gates import Gate
 from .batch_selection import choose
-from .compensation import Compensation
+from .compensation import Recalibration
 from .cpu_selection import select, select_all
 from .dial import Dial
 from .executors import CpuExecutor, NeuronRule, choose_executor
+from .ladder import LadderPlan, run_ladder
 from .selection import gather_selection, pooled_scores, whole_experts
 
 
@@ -36,7 +38,8 @@ class ElasticLayer:
         tensors: the gate's, each ``[E, ...]``.
         num_sub_experts: N.
         neuron_scale: fp32 ``[E, C]`` of ``NeuronRule``, where the plan skips neurons.
-        compensation: what is added to the output below full budget, if any.
+        compensation: what is done to the output below full budget, if anything.
+        shadow: the experts at few bits, where the plan is a ladder.
     """
 
     name: str
@@ -45,7 +48,8 @@ class ElasticLayer:
     tensors: dict[str, Tensor]
     num_sub_experts: int
     neuron_scale: Tensor | None = None
-    compensation: Compensation | None = None
+    compensation: Recalibration | None = None
+    shadow: Shadow | None = None
     _placed: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def on(self, device: torch.device) -> dict[str, Tensor]:
@@ -104,12 +108,19 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
             selection = gather_selection(chosen, index, top_k_weights, look.pairs if valid is None else None)
         if neurons is None:
             out = executor.run(module, hidden_states, selection, n, scores.activations)
+        elif isinstance(state.dial.plan, LadderPlan):
+            assert state.neuron_scale is not None  # attached together with the plan
+            assert state.shadow is not None
+            raised = state.dial.plan.raised[step.k_active.cpu()]
+            out = run_ladder(
+                module, state.shadow, hidden_states, selection, n, state.neuron_scale, neurons, raised, executor
+            )
         else:
             assert state.neuron_scale is not None  # attached together with the plan
             out = executor.run_some(module, hidden_states, selection, n, NeuronRule(state.neuron_scale, neurons))
         if state.compensation is not None:
             weights = top_k_weights if valid is None else top_k_weights.masked_fill(~valid, 0)
-            out = (out.float() + state.compensation.of(index, weights, step.k_active)).to(out.dtype)
+            out = state.compensation.apply(out.float(), index, weights, step.k_active, selection).to(out.dtype)
     bias = down_bias(module)
     if bias is not None:  # an expert's output bias is kept whatever its sub-experts do: it costs nothing
         weights = top_k_weights if valid is None else top_k_weights.masked_fill(~valid, 0)

@@ -23,12 +23,14 @@ from ..errors import CheckpointError
 from ..experts import find_expert_layers
 from ..experts.neurons import is_plain
 from ..experts.packing import pack, unpack
+from ..experts.shadow import Shadow
 from ..gates import GATES
 from .budgets import budget, set_budget
-from .compensation import Compensation
+from .compensation import recalibration
 from .dial import Dial, named_points
 from .executors import AUTO, EXECUTORS
 from .fingerprint import matches
+from .ladder import LadderPlan, Rung
 from .layer import ElasticLayer
 from .linear import use_fast_linear
 from .plan import Plan
@@ -110,9 +112,14 @@ def _attach_one(
         raise CheckpointError(f"the checkpoint skips neurons, but {name} has no {NEURON_SCALE}, or cannot skip any")
     if elastic.compensated and (vectors is None or len(vectors) != len(elastic.compensated)):
         raise CheckpointError(f"{TENSORS_FILE} has no tensor {prefix}{COMPENSATION} for the compensated budgets")
-    state = ElasticLayer(name, dial, gate, mine, elastic.num_sub_experts, scale)
-    if vectors is not None:
-        state.compensation = Compensation(vectors, elastic.compensated, elastic.full_budget)
+    try:
+        shadow = Shadow.take(mine)
+    except KeyError as missing:
+        raise CheckpointError(f"{TENSORS_FILE} has no tensor {prefix}{missing.args[0]}; it is incomplete") from None
+    if elastic.ladder is not None and (shadow is None or scale is None or not is_plain(module)):
+        raise CheckpointError(f"the checkpoint reads few bits, but {name} has no shadow, or cannot skip neurons")
+    state = ElasticLayer(name, dial, gate, mine, elastic.num_sub_experts, scale, shadow=shadow)
+    state.compensation = recalibration(elastic.recalibration, vectors, elastic.compensated, elastic.full_budget)
     pack(module)
     module.__dict__["_moe_prism"] = state
     return state
@@ -122,6 +129,8 @@ def _dial(elastic: ElasticConfig) -> Dial:
     dial = Dial(elastic.full_budget)
     if elastic.scan is not None:
         dial.plan = Plan(elastic.scan, elastic.num_neurons // elastic.num_sub_experts)
+    if elastic.ladder is not None:
+        dial.plan = LadderPlan([Rung(*rung) for rung in elastic.ladder], elastic.num_neurons // elastic.num_sub_experts)
     return dial
 
 

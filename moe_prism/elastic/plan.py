@@ -27,10 +27,20 @@ class Plan:
         scan: int64 ``[full + 1]``, sub-experts whose gate rows are read, by budget; index 0 is not used.
         neurons: int64 ``[full + 1]``, neurons that then run.
         skips: bool ``[full + 1]``, whether that is fewer than were looked at.
+        size: neurons of a sub-expert.
     """
 
     def __init__(self, scan: Sequence[int], size: int) -> None:
         """``scan[K - 1]`` for every budget K; ``size`` neurons of a sub-expert."""
+        self.size = size
         self.scan = torch.tensor([0, *scan])
         self.neurons = torch.tensor([0, *(neurons_within(k, m, size) for k, m in enumerate(scan, 1))])
         self.skips = torch.tensor([False, *(m > k for k, m in enumerate(scan, 1))])
+
+    def products(self, k_active: int) -> float:
+        """Rows that a token multiplies: gate rows of every neuron looked at, up and down rows of those that run."""
+        return int(self.scan[k_active]) * self.size + 2 * int(self.neurons[k_active])
+
+    def rows_read(self, k_active: int) -> float:
+        """The bytes that it reads, in rows of stored weights."""
+        return self.products(k_active)

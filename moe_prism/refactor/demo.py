@@ -30,7 +30,9 @@ _PARTITION: dict[str, Any] = {
     "solver_options": {},
     "impact": "activation",
     "neurons": "all",
+    "shadow_bits": 0,
     "compensation_budgets": 0,
+    "recalibration": "mean",
 }
 PAPER_N = 4
 # The paper's own partition and gates: N = 4 where that can be compared, annealing on plain activations, no routing

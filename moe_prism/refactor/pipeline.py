@@ -184,6 +184,7 @@ def refactor_model(
         gate=recipe.gate,
         gate_options=recipe.gate_options,
         solver=recipe.solver,
+        recalibration=recipe.recalibration,
         seed=recipe.seed,
         layers=[layer.name for layer in layers],
         calibration=Calibration(text=name, tokens=windows.numel()),

@@ -6,10 +6,10 @@ A recipe is YAML on disk and is stored in the checkpoint. Knows the names of met
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import PrismError
 
@@ -46,7 +46,7 @@ class Recipe(BaseModel):
         description="A neuron's impact on a token: activation = |activation| as in the paper; output = routing weight "
         "x |activation| x norm of the neuron's down weights, which bounds what its absence changes.",
     )
-    gate: str = Field("proxy", description="What scores sub-experts at run time: proxy, linear, static.")
+    gate: str = Field("proxy", description="What scores sub-experts at run time: proxy, linear, static, probe.")
     gate_options: dict[str, Any] = Field(default_factory=dict, description="Options of that gate.")
     neurons: Literal["auto", "gate-first", "all"] = Field(
         "all",
@@ -55,11 +55,22 @@ class Recipe(BaseModel):
         "budget. auto = gate-first where every expert is silu(gate) * up without biases and the gate computes no "
         "neurons, else all.",
     )
+    shadow_bits: Literal[0, 4] = Field(
+        0,
+        description="4: a copy of the experts is kept whose weights can be read at 4 bits and then raised to 8; "
+        "budgets count bytes, and a neuron is skipped, run at 4 bits or run at 8 (needs neurons: gate-first). "
+        "0: no copy.",
+    )
     compensation_budgets: int = Field(
         0,
         ge=0,
-        description="Budgets at which the mean of what is skipped is fitted, one vector per expert, and added back; "
-        "interpolated between. 0: nothing is added. 8 are enough.",
+        description="Budgets at which the recalibration is fitted; interpolated between. 0: nothing is. 8 are enough.",
+    )
+    recalibration: Literal["mean", "scale", "renormalise"] = Field(
+        "mean",
+        description="What is fitted: mean = the mean of what is skipped, one vector per expert, added back; scale = a "
+        "scale and a shift for every dimension of the layer's output. renormalise fits nothing: routing weights of the "
+        "experts that run are scaled to the sum of all routed ones.",
     )
     points: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         default_factory=list,
@@ -77,6 +88,16 @@ class Recipe(BaseModel):
         description="An expert with fewer routed tokens is reported and profiled on a sample of all tokens instead.",
     )
     seed: int = Field(0, ge=0, description="Seed of sampling and of the solver.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.recalibration == "scale" and not self.compensation_budgets:
+            raise ValueError("recalibration: scale needs compensation_budgets of 1 or more, e.g. 8")
+        if self.recalibration == "renormalise" and self.compensation_budgets:
+            raise ValueError("recalibration: renormalise fits nothing; set compensation_budgets: 0")
+        if self.shadow_bits and self.neurons != "gate-first":
+            raise ValueError(f"shadow_bits: {self.shadow_bits} needs neurons: gate-first, got {self.neurons}")
+        return self
 
     @staticmethod
     def load(path: Path) -> Recipe:
@@ -107,7 +128,7 @@ class Recipe(BaseModel):
             return Recipe.model_validate(value)
         except ValidationError as error:
             known = ", ".join(Recipe.model_fields)
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'fields'}: {e['msg']}" for e in error.errors())
             raise PrismError(f"{where}: {problems}. Fields: {known}") from None
 
     def budgets(self, full_budget: int) -> list[int] | None:

@@ -50,7 +50,7 @@ def choose_scan(
         for ratio in RATIOS:
             scan = scan_of([ratio] * full)
             name = f"{k} of {scan[k - 1]}"
-            runs[k, scan[k - 1]] = Run(name, partial(_spending, model, k, Plan(scan, size)))
+            runs[k, scan[k - 1]] = Run(name, partial(spending, model, k, Plan(scan, size)))
     measured = measure(model, held, list(runs.values()), progress=progress)
     best = []
     for k in probes:
@@ -60,7 +60,8 @@ def choose_scan(
 
 
 @contextmanager
-def _spending(model: PreTrainedModel, k_active: int, plan: Plan) -> Iterator[None]:
+def spending(model: PreTrainedModel, k_active: int, plan: Plan) -> Iterator[None]:
+    """A budget that is spent by another plan than the dial's."""
     dial = dial_of(model)
     before = dial.plan
     dial.plan = plan

@@ -15,13 +15,16 @@ from transformers import PreTrainedModel
 from ..checkpoint.schema import ElasticConfig
 from ..elastic import attach
 from ..elastic.budgets import elastic_layers
-from ..elastic.compensation import Compensation
+from ..elastic.compensation import FITTED, FittedRecalibration
+from ..elastic.ladder import LadderPlan, Rung
 from ..elastic.model import COMPENSATION, NEURON_SCALE, detach
 from ..elastic.plan import Plan
 from ..errors import PrismError
-from ..experts import ExpertLayer
+from ..experts import ExpertLayer, find_expert_layers
 from ..experts.neurons import is_plain
+from ..experts.shadow import GROUP, make_shadow
 from ..gates import Gate
+from .climb import choose_rungs
 from .compensate import budgets_to_fit, fit_compensation
 from .recipe import Recipe
 from .spend import choose_scan
@@ -37,6 +40,8 @@ def skips_neurons(recipe: Recipe, layers: list[ExpertLayer], gate: Gate) -> bool
         reason = "a sub-expert is a single neuron; lower num_sub_experts"
     elif not all(is_plain(layer.module) for layer in layers):
         reason = "the model's experts are not silu(gate) * up without biases"
+    elif recipe.shadow_bits and layers[0].hidden_size % GROUP:
+        reason = f"shadow_bits needs a hidden size that is a multiple of {GROUP}, got {layers[0].hidden_size}"
     if recipe.neurons == "gate-first" and reason is not None:
         raise PrismError(f"neurons: gate-first is impossible here: {reason}; or set neurons: all")
     return recipe.neurons != "all" and reason is None
@@ -69,11 +74,24 @@ def tune(
     """
     size, full = elastic.num_neurons // elastic.num_sub_experts, elastic.full_budget
     fitted = budgets_to_fit(full, recipe.compensation_budgets) if recipe.compensation_budgets else []
+    if recipe.shadow_bits:
+        for layer in find_expert_layers(model):
+            for name, value in make_shadow(layer.module).tensors().items():
+                tensors[f"{layer.name}.{name}"] = value
     if skip or fitted:
         implementation: str = model.config._experts_implementation
         dial = attach(model, elastic, tensors)
         try:
-            if skip:
+            if recipe.shadow_bits:
+                kept = work.numbers("rungs")
+                if kept is None:
+                    found = choose_rungs(model, windows, size, lambda done, total: tell("spend", done, total))
+                    kept = [number for rung in found for number in rung]
+                    work.keep_numbers("rungs", kept)
+                rungs = [Rung(*kept[at : at + 3]) for at in range(0, len(kept), 3)]
+                dial.plan = LadderPlan(rungs, size)
+                elastic = elastic.model_copy(update={"ladder": [tuple(rung) for rung in rungs]})
+            elif skip:
                 scan = work.numbers("scan")
                 if scan is None:
                     scan = choose_scan(model, windows, size, lambda done, total: tell("spend", done, total))
@@ -81,12 +99,14 @@ def tune(
                 dial.plan = Plan(scan, size)
                 elastic = elastic.model_copy(update={"scan": scan})
             for layer, state in elastic_layers(model):
-                zeros = torch.zeros(len(fitted), layer.num_experts, layer.hidden_size)
-                state.compensation = Compensation(zeros, fitted, full) if fitted else None
+                if fitted:
+                    kind = FITTED[recipe.recalibration]
+                    zeros = torch.zeros(len(fitted), kind.rows(layer.num_experts), layer.hidden_size)
+                    state.compensation = kind(zeros, fitted, full)
             for position, k_active in reversed(list(enumerate(fitted))):
                 _fit(model, windows, position, k_active, work, lambda done, total: tell("compensate", done, total))
             for layer, state in elastic_layers(model):
-                if state.compensation is not None:
+                if isinstance(state.compensation, FittedRecalibration):
                     tensors[f"{layer.name}.{COMPENSATION}"] = state.compensation.vectors.cpu()
             elastic = elastic.model_copy(update={"compensated": fitted})
         finally:
@@ -107,7 +127,7 @@ def _fit(
 ) -> None:
     kept = work.vectors(k_active)
     for layer, state in elastic_layers(model):
-        assert state.compensation is not None  # the caller attached it
+        assert isinstance(state.compensation, FittedRecalibration)  # the caller attached it
         vectors = state.compensation.vectors
         if kept is not None:
             vectors[position] = kept[layer.name]

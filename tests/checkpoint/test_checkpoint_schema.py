@@ -170,3 +170,24 @@ def test_import_is_light() -> None:
         "print([m for m in ('torch', 'transformers', 'matplotlib', 'safetensors') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ladder": [(1, 1, 0)] * 6}, "has 6 rungs, needed is one for every budget below full: 7"),
+        ({"ladder": [(1, 3, 0)] * 7}, "of budget 1 is impossible"),  # a sub-expert has two neurons
+        ({"ladder": [(1, 2, 3)] * 7}, "of budget 1 is impossible"),
+        ({"ladder": [(8, 16, 0)] * 7}, "reads more than budget 1 pays for"),
+        ({"ladder": [(1, 1, 0)] * 7, "scan": list(range(1, 9))}, "two ways to spend a budget"),
+        ({"recalibration": "median"}, "recalibration"),
+    ],
+)
+def test_impossible_ladders_and_recalibrations_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        elastic_config(**changes)
+
+
+def test_a_ladder_survives_json() -> None:
+    elastic = elastic_config(ladder=[(1, 2, 1)] * 7, recalibration="scale", compensated=[3])
+    assert parse_elastic_config(json.loads(elastic.to_json())) == elastic

@@ -9,15 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from making import elastic_model, logits
-from tiny import tokens
+from tiny import tiny_model, tokens
 
 import moe_prism
 from moe_prism.elastic import budget, dial_of, set_budget
 from moe_prism.elastic.budgets import elastic_layers
-from moe_prism.elastic.compensation import Compensation, interpolation
+from moe_prism.elastic.compensation import Compensation, OutputScale, Renormalisation, interpolation, recalibration
 from moe_prism.elastic.executors import CpuExecutor
 from moe_prism.elastic.plan import Plan, neurons_within
+from moe_prism.elastic.selection import Selection
 from moe_prism.errors import PrismError
+from moe_prism.gates import LayerShape
 
 GATE_FIRST = {"neurons": "gate-first", "solver": "importance", "compensation_budgets": 3}
 
@@ -47,14 +49,55 @@ def test_compensation_adds_weighted_vectors_of_the_routed_experts() -> None:
     torch.testing.assert_close(found[1], weights[1, 0] * vectors[1, 2] / 2 + weights[1, 1] * vectors[1, 1] / 2)
 
 
+def test_scale_and_shift_are_interpolated_towards_nothing() -> None:
+    torch.manual_seed(0)
+    vectors, out = torch.randn(2, 2, 3), torch.randn(3, 3)
+    scaled = OutputScale(vectors, [2, 6], 8)
+    nothing = torch.zeros(3, 1)
+    found = scaled.apply(out, nothing.long(), nothing, torch.tensor([3, 7, 8]), NOTHING)
+    first = 0.75 * vectors[0] + 0.25 * vectors[1]
+    torch.testing.assert_close(found[0], out[0] * (1 + first[0]) + first[1])
+    torch.testing.assert_close(found[1], out[1] * (1 + vectors[1, 0] / 2) + vectors[1, 1] / 2)
+    assert torch.equal(found[2], out[2])
+
+
+NOTHING = Selection(*(torch.zeros(0, dtype=torch.int64) for _ in range(4)))
+
+
+def test_renormalised_weights_are_those_of_a_router_with_fewer_experts(tmp_path: Path) -> None:
+    """A gate that follows the router, at multiples of N, runs top-k' experts: transformers renormalises them itself."""
+    theirs = tiny_model("qwen3_moe")  # norm_topk_prob
+    ours = elastic_model("qwen3_moe", tmp_path, gate="linear", recalibration="renormalise")
+    for k in (1, 2, 3):
+        with moe_prism.elastic.routed_experts(theirs, k), budget(ours, 4 * k):
+            torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-4, rtol=1e-4)
+
+
+def test_renormalisation_leaves_a_token_that_runs_all_experts_alone() -> None:
+    out, index, weights = torch.randn(2, 3), torch.tensor([[0, 4], [2, 1]]), torch.tensor([[0.1, 0.3], [0.3, 0.2]])
+    ran = Selection(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 1, 0]), *NOTHING[2:])
+    found = Renormalisation().apply(out, index, weights, torch.tensor([3, 1]), ran)
+    assert torch.equal(found[0], out[0])
+    torch.testing.assert_close(found[1], out[1] * 0.5 / 0.3)
+
+
+def test_costs_of_recalibration_by_hand() -> None:
+    shape = LayerShape(num_experts=64, num_neurons=1024, hidden_size=2048, top_k=8, num_sub_experts=4)
+    fitted = torch.zeros(1, 2, 2048)
+    assert recalibration("mean", fitted, [3], 32).cost(shape) == (2 * 2 * 8 * 2048, 2 * 8 * 2048)
+    assert recalibration("scale", fitted, [3], 32).cost(shape) == (2 * 4 * 2048, 4 * 2048)
+    assert recalibration("renormalise", None, [], 32).cost(shape) == (2064, 0)
+    assert recalibration("mean", None, [], 32) is None
+    with pytest.raises(PrismError, match="one of mean, scale, renormalise, got 'median'"):
+        recalibration("median", None, [], 32)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory):
     return elastic_model("olmoe", tmp_path_factory.mktemp("gate_first"), **GATE_FIRST)
 
 
 def test_full_budget_is_the_original(model) -> None:
-    from tiny import tiny_model
-
     with budget(model, "full"):
         torch.testing.assert_close(logits(model), logits(tiny_model("olmoe")), atol=1e-5, rtol=1e-5)
 

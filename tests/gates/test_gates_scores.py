@@ -6,8 +6,9 @@ from tiny import FAMILIES, tiny_model
 
 from moe_prism.errors import PrismError
 from moe_prism.experts import find_expert_layers
-from moe_prism.experts.neurons import activations
+from moe_prism.experts.neurons import activations, gate_up, gate_up_bias
 from moe_prism.gates import GATES, ExpertProfile, LayerShape
+from moe_prism.gates.probe import ProbeGate
 from moe_prism.gates.proxy import ProxyGate
 
 
@@ -55,6 +56,28 @@ def test_proxy_scores_are_mean_activations_and_are_handed_on(family: str) -> Non
                     torch.testing.assert_close(scores.values[t, slot, n], mine.abs().mean(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_probe_scores_by_the_largest_coordinates(family: str, share: float) -> None:
+    """Neuron by neuron with the other coordinates cut out of x and of the rows."""
+    torch.manual_seed(0)
+    layer = find_expert_layers(tiny_model(family))[0]
+    norms = torch.rand(layer.num_experts, layer.num_neurons)
+    x = torch.randn(5, layer.hidden_size)
+    index = torch.stack([torch.randperm(layer.num_experts)[: layer.top_k] for _ in range(5)])
+    gate = ProbeGate(share=share)
+    with torch.no_grad():
+        values = gate.score(layer.module, {"down_norms": norms}, x, index, 4).values
+        for t in range(5):
+            seen = sorted(range(layer.hidden_size), key=lambda i: -abs(x[t, i].item()))[: int(share * 32)]
+            for slot, expert in enumerate(index[t].tolist()):
+                rows, bias = gate_up(layer.module, expert, slice(None)), gate_up_bias(layer.module, expert, slice(None))
+                projected = rows[:, seen] @ x[t, seen] + (0 if bias is None else bias)
+                bound = layer.module._apply_gate(projected[None])[0].abs() * norms[expert]
+                torch.testing.assert_close(values[t, slot], bound.view(4, -1).sum(1), atol=1e-4, rtol=1e-4)
+    assert gate.fit(profile(), 4)["down_norms"].equal(profile().down_norms)
+
+
 def test_linear_scores_equal_the_router_between_experts_and_tie_inside() -> None:
     layer = find_expert_layers(tiny_model("olmoe"))[0]
     gate = GATES.create("linear")
@@ -87,15 +110,18 @@ def test_costs_by_hand() -> None:
     assert GATES.create("proxy").cost(shape, 9).weights == 23 * 4 * 2 * 2048
     assert GATES.create("proxy").cost(shape, 32).flops == 0
     assert GATES.create("linear").cost(shape, 9).flops == 2 * 256 * 2048
+    # a quarter of every gate and up row of 8 experts of 1024 neurons
+    assert GATES.create("probe", {"share": 0.25}).cost(shape, 9) == (2 * 8 * 1024 * 2 * 512, 8 * 1024 * 2 * 512)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("proxi", {}, "unknown gate 'proxi'; known: linear, proxy, static"),
+        ("proxi", {}, "unknown gate 'proxi'; known: linear, probe, proxy, static"),
         ("proxy", {"r": 4}, "no option 'r'; it has: active_share, gate_neurons, weighted"),
         ("proxy", {"gate_neurons": 0}, "at least 1, got 0"),
         ("proxy", {"active_share": 1.5}, r"\(0, 1\], got 1.5"),
+        ("probe", {"share": 0}, r"\(0, 1\], got 0"),
     ],
 )
 def test_bad_gates_are_refused(name: str, options: dict, message: str) -> None:

@@ -11,7 +11,8 @@ from tiny import tiny_model
 
 from moe_prism.elastic import attach, budget
 from moe_prism.elastic.budgets import elastic_layers
-from moe_prism.elastic.compensation import Compensation
+from moe_prism.elastic.compensation import FITTED, Compensation, OutputScale
+from moe_prism.errors import PrismError
 from moe_prism.experts import find_expert_layers
 from moe_prism.experts.packing import pack, packed_rows, unpack
 from moe_prism.refactor import refactor_model, tune
@@ -82,8 +83,50 @@ def test_vectors_are_the_least_squares_solution_of_one_layer(tmp_path: Path) -> 
     assert state.compensation is not None
 
 
-def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, _ = refactor_model(tiny_model("olmoe"), None, recipe(**CHANGES), tmp_path / "whole")
+def test_scale_and_shift_are_the_least_squares_solution_and_refitting_changes_little(tmp_path: Path) -> None:
+    """Against lstsq per dimension in the first layer, whose inputs do not depend on the fit; from a bad first guess."""
+    torch.manual_seed(0)
+    model = elastic_model("olmoe", tmp_path, neurons="gate-first", solver="importance")
+    windows = torch.randint(0, 96, (8, 32))
+    layer, state = elastic_layers(model)[0]
+    for each, its in elastic_layers(model):
+        its.compensation = OutputScale(torch.full((1, 2, each.hidden_size), 0.3), [8], 16)
+    seen = []
+
+    def hook(module, args, kwargs, out):
+        seen.append(out)
+
+    fit_compensation(model, windows, 0, 8)
+    found = fit_compensation(model, windows, 0, 8)[layer.name]
+    handle = layer.module.register_forward_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        model(windows)
+        with budget(model, 8):
+            model(windows)
+            fitted, state.compensation = state.compensation, None
+            model(windows)
+    handle.remove()
+    full, corrected, plain = (out.double() for out in seen)
+    torch.testing.assert_close(corrected, plain * (1 + found[0]) + found[1], atol=1e-5, rtol=1e-4)
+    for d in range(layer.hidden_size):
+        design = torch.stack([plain[:, d], torch.ones(len(plain), dtype=torch.float64)], dim=1)
+        best = torch.linalg.lstsq(design, full[:, d : d + 1]).solution
+        least = (full[:, d : d + 1] - design @ best).square().sum()
+        assert (full[:, d] - corrected[:, d]).square().sum() < least * 1.01
+    assert fitted is not None
+
+
+def test_what_recalibration_needs() -> None:
+    with pytest.raises(PrismError, match="scale needs compensation_budgets of 1 or more"):
+        recipe(recalibration="scale")
+    with pytest.raises(PrismError, match="renormalise fits nothing; set compensation_budgets: 0"):
+        recipe(recalibration="renormalise", compensation_budgets=2)
+
+
+@pytest.mark.parametrize("how", [*FITTED])
+def test_it_goes_on_where_it_stopped(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = CHANGES | {"recalibration": how}
+    expected, _ = refactor_model(tiny_model("olmoe"), None, recipe(**changes), tmp_path / "whole")
     real, calls = tune.fit_compensation, []
 
     def dies(*args, **kwargs):
@@ -94,16 +137,16 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(tune, "fit_compensation", dies)
     with pytest.raises(KeyboardInterrupt):
-        refactor_model(tiny_model("olmoe"), None, recipe(**CHANGES), tmp_path / "cut")
+        refactor_model(tiny_model("olmoe"), None, recipe(**changes), tmp_path / "cut")
     monkeypatch.setattr(tune, "choose_scan", None)  # settled already
-    again, _ = refactor_model(tiny_model("olmoe"), None, recipe(**CHANGES), tmp_path / "cut")
+    again, _ = refactor_model(tiny_model("olmoe"), None, recipe(**changes), tmp_path / "cut")
     assert calls == [11, 5, 5]
     assert again.elastic == expected.elastic
     assert again.tensors.keys() == expected.tensors.keys()
     for name, value in expected.tensors.items():
         torch.testing.assert_close(again.tensors[name], value)
     model = tiny_model("olmoe")
-    done, _ = refactor_model(model, None, recipe(**CHANGES), tmp_path / "cut")
+    done, _ = refactor_model(model, None, recipe(**changes), tmp_path / "cut")
     attach(model, done.elastic, done.tensors)
 
 

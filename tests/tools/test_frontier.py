@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import frontier
@@ -34,7 +35,7 @@ def test_every_method_is_measured_within_its_cost_and_only_once(
     stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.txt").write_text(WORDS * 2000)
-    methods = ["paper: proxy", "static", "gate-first, compensated"]
+    methods = ["paper: proxy", "static", "gate-first, compensated", "ladder"]
     found = run(stock, tmp_path, monkeypatch, "--seeds", "2", "--methods", *methods)
     rows = found["rows"]
     assert {row["method"] for row in rows} == {
@@ -48,10 +49,15 @@ def test_every_method_is_measured_within_its_cost_and_only_once(
         assert row["mcq"] is None  # no questions were given
         assert row["excess_nats"] < 5
         assert row["kl"] > -1e-3
-        if "at" in row["setting"]:
-            assert float(row["setting"].split(" at ")[1]) <= row["share"] + 0.0051
+        if " at " in row["setting"]:
+            read, multiplied = re.findall(r"([0-9.]+) of the", row["setting"])
+            assert row["axis"] == "flops" or float(read) <= row["share"] + 0.0051
+            assert row["axis"] == "bytes" or float(multiplied) <= row["share"] + 0.0051
+    assert {row["axis"] for row in rows if row["method"] == "ladder"} == {"bytes", "flops"}
+    assert {row["axis"] for row in rows if row["method"] == "static"} == {"both"}
     table = capsys.readouterr().out
     assert table.count("gate-first, compensated") == 1
+    assert table.count("ladder (bytes)") == table.count("ladder (FLOPs)") == 1
     assert (tmp_path / "out" / "frontier.png").stat().st_size > 1000
     monkeypatch.setattr(frontier, "make_elastic", None)  # nothing is left to do
     assert run(stock, tmp_path, monkeypatch, "--seeds", "2", "--methods", *methods) == found

@@ -32,7 +32,7 @@ def _score(gate: Array, score: Array, weight: Any, scale: Array) -> None:
 
 
 @serial
-def _keep(score: Array, token: Array, count: Array, threshold: float) -> Any:
+def keep_best(score: Array, token: Array, count: Array, threshold: float) -> Any:
     """(pair, neuron of its sub-expert) of the kept neurons, those of a token together, in row order.
 
     Every token's ``count[t]`` best, the first ones among equals; with a count of 0, those above the threshold.
@@ -121,7 +121,7 @@ def _gated_neurons(
             multiply_run(gate_up, row, end - begin, tokens, token, s0, s1, gate, begin)
             for s in range(s0, s1):
                 _score(gate[s, begin:end], score[s, begin:end], weight[s], scale[which, begin:end])
-    pair, neuron = _keep(score, token, count, threshold)
+    pair, neuron = keep_best(score, token, count, threshold)
     down_row = sub_expert[pair] * size + neuron
     up_row = down_row + (sub_expert[pair] // n + 1) * neurons  # experts before it: C rows of gate and C of up each
     owner = token[pair]
