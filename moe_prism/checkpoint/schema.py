@@ -76,6 +76,11 @@ class ElasticConfig(_Frozen):
     compensated: list[int] = Field(
         default_factory=list, description="Ascending budgets that the layers' compensation vectors were fitted at."
     )
+    layer_budgets: list[list[int]] | None = Field(
+        default=None,
+        description="For every budget K = 1..full_budget, the budget of every layer; their mean is at most K. Null: K "
+        "in every layer.",
+    )
     calibration: Calibration
     weights_dtype: str = Field(min_length=1, description='Storage type of the expert weights, e.g. "bfloat16".')
     created_with: dict[str, str] = Field(default_factory=dict, description="Package name -> version.")
@@ -111,6 +116,8 @@ class ElasticConfig(_Frozen):
         fitted = self.compensated
         if fitted != sorted(set(fitted)) or any(not 1 <= k < self.full_budget for k in fitted):
             raise ValueError(f"compensated must ascend within 1..{self.full_budget - 1}, got {fitted}")
+        if self.layer_budgets is not None:
+            _check_layer_budgets(self.layer_budgets, len(self.layers), self.full_budget)
 
 
 class _Point(_Frozen):
@@ -256,6 +263,18 @@ def _parse(model: type[_Model], value: Any, where: str) -> _Model:
             f"{'.'.join(map(str, e['loc'])) or 'fields'}: {e['msg']}" for e in error.errors(include_url=False)[:5]
         ]
         raise CheckpointError(f"{where} is invalid: {'; '.join(problems)}") from None
+
+
+def _check_layer_budgets(table: Sequence[Sequence[int]], layers: int, full: int) -> None:
+    if len(table) != full or any(len(row) != layers for row in table):
+        raise ValueError(f"layer_budgets must have {full} rows (budgets) of {layers} numbers (layers)")
+    before = [1] * layers
+    for k, row in enumerate(table, 1):
+        if any(not low <= mine <= full for low, mine in zip(before, row, strict=True)):
+            raise ValueError(f"layer_budgets of {k} must be from {list(before)} (those of {k - 1}) to {full}: {row}")
+        if sum(row) > k * layers or (k == full and min(row) < full):
+            raise ValueError(f"the mean of layer_budgets of {k} must be at most {k}, and {full} at full budget: {row}")
+        before = list(row)
 
 
 def _check_ascending(name: str, field: str, values: Sequence[int], limit: int) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
+from ..experts import ExpertLayer
 from ..gates import LayerShape
 from .budgets import elastic_layers
 from .compensation import compensation_cost
+from .layer import ElasticLayer
 
 
 class CostShares(NamedTuple):
@@ -24,8 +27,14 @@ def cost_shares(model: nn.Module, k_active: int) -> CostShares:
     Bytes are those of a token that is alone in its step: every weight it uses is read once. At full
     budget the gate does not run.
     """
-    layer, state = elastic_layers(model)[0]
-    state.dial.check(k_active)
+    layers = elastic_layers(model)
+    layers[0][1].dial.check(k_active)
+    costs = [_cost_of(layer, state, k_active) for layer, state in layers]
+    return CostShares(*(sum(shares) / len(costs) for shares in zip(*costs, strict=True)))
+
+
+def _cost_of(layer: ExpertLayer, state: ElasticLayer, budget: int) -> CostShares:
+    k_active = int(state.dial.of_layer(torch.tensor(budget), state.number))
     if k_active == state.dial.full_budget:
         return CostShares(1.0, 1.0)
     shape = LayerShape(layer.num_experts, layer.num_neurons, layer.hidden_size, layer.top_k, state.num_sub_experts)

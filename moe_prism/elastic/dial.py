@@ -51,6 +51,7 @@ class Dial:
         executor: name of the executor, or "auto".
         points: named operating points -> budget, as far as any were measured.
         plan: how budgets are spent on neurons; None: on whole sub-experts.
+        spread: the budget of every layer by budget, int64 ``[L, full + 1]``; None: the same in every layer.
     """
 
     def __init__(self, full_budget: int) -> None:
@@ -62,9 +63,10 @@ class Dial:
         self.executor = "auto"
         self.points: dict[str, int] = {FULL: full_budget}
         self.plan: Plan | None = None
+        self.spread: Tensor | None = None
+        self._placed: tuple[Tensor, Tensor] | None = None  # spread and its copy where budgets were last
         self._buffer = torch.empty(0, dtype=torch.int64)
-        self._filled: int | None = None
-        self._pairs = 0
+        self._filled: Tensor | None = None
 
     def check(self, k_active: object) -> int:
         """``k_active`` itself; raises PrismError if it is not a whole number in range."""
@@ -120,28 +122,40 @@ class Dial:
         if len(self._buffer) < len(values):
             self._buffer = torch.empty(len(values), dtype=torch.int64, device=self._buffer.device)
         self._buffer[: len(values)].copy_(values)
-        self._filled, self._pairs = len(values), int(values.sum())
+        self._filled = values.clone()
 
-    def step(self, tokens: int, device: torch.device) -> StepBudgets | None:
-        """Budgets of a forward of ``tokens`` tokens; None where all of them run everything.
+    def of_layer(self, budgets: Tensor, layer: int) -> Tensor:
+        """What budgets mean in a layer, in which there may be more or less to win than in others."""
+        if self.spread is None:
+            return budgets
+        if budgets.device.type == "cpu":
+            return self.spread[layer][budgets]
+        if self._placed is None or self._placed[0] is not self.spread or self._placed[1].device != budgets.device:
+            self._placed = self.spread, self.spread.to(budgets.device)
+        return self._placed[1][layer][budgets]
+
+    def step(self, tokens: int, device: torch.device, layer: int) -> StepBudgets | None:
+        """Budgets of a layer for a forward of ``tokens`` tokens; None where all of them run everything.
 
         Raises:
             PrismError: the filled buffer or the rows do not fit the number of tokens.
         """
         if self._filled is not None:
-            if self._filled != tokens:
-                raise PrismError(f"{self._filled} budgets were filled in, but the step has {tokens} tokens")
+            if len(self._filled) != tokens:
+                raise PrismError(f"{len(self._filled)} budgets were filled in, but the step has {tokens} tokens")
             if self._buffer.device != device:
                 self._buffer = self._buffer.to(device)
-            return self._step(self._buffer[:tokens], self._pairs)
+            return self._step(self._buffer[:tokens], self._filled, layer)
         if self.rows is not None:
             if not len(self.rows) or tokens % len(self.rows):
                 raise PrismError(f"budgets of {len(self.rows)} rows do not fit a step of {tokens} tokens")
-            each = tokens // len(self.rows)
-            return self._step(self.rows.to(device).repeat_interleave(each), int(self.rows.sum()) * each)
-        if self.k_active == self.full_budget and self.cap is None:
+            each = self.rows.repeat_interleave(tokens // len(self.rows))
+            return self._step(each.to(device), each, layer)
+        mine = self._number(self.k_active, layer)
+        if mine == self.full_budget and self.cap is None:
             return None
-        return self._step(torch.full((tokens,), self.k_active, device=device), tokens * self.k_active)
+        budgets = torch.full((tokens,), mine, device=device)
+        return self._with_floor(budgets, tokens * mine, layer)
 
     def spend(self, step: StepBudgets) -> tuple[StepBudgets, Tensor | None]:
         """Budgets of sub-experts to look at, and neurons every token runs, int64 ``[T]`` on the CPU; None for all."""
@@ -158,10 +172,22 @@ class Dial:
             looked = StepBudgets(scan.to(device), self.plan.scan[step.k_min.cpu()].to(device), step.cap)
         return looked, self.plan.neurons[budgets]
 
-    def _step(self, budgets: Tensor, pairs: int) -> StepBudgets:
+    def _step(self, budgets: Tensor, on_host: Tensor, layer: int) -> StepBudgets:
+        return self._with_floor(self.of_layer(budgets, layer), int(self.of_layer(on_host, layer).sum()), layer)
+
+    def _with_floor(self, mine: Tensor, pairs: int, layer: int) -> StepBudgets:
         if self.k_min is None:
-            return StepBudgets(budgets, pairs=pairs)
-        return StepBudgets(budgets, budgets.clamp(max=self.k_min), self.cap)
+            return StepBudgets(mine, pairs=pairs)
+        return StepBudgets(mine, mine.clamp(max=self._number(self.k_min, layer)), self.cap)
+
+    def _number(self, k_active: int, layer: int) -> int:
+        return k_active if self.spread is None else int(self.spread[layer, k_active])
+
+
+def spread_table(layer_budgets: Sequence[Sequence[int]]) -> Tensor:
+    """``Dial.spread`` from the budget of every layer for the budgets 1, 2, ...; index 0 is not used."""
+    rows = torch.tensor(layer_budgets, dtype=torch.int64)
+    return torch.cat([torch.zeros(1, rows.shape[1], dtype=torch.int64), rows]).t().contiguous()
 
 
 def named_points(full_budget: int, loss: Mapping[int, float]) -> dict[str, int]:

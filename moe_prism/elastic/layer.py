@@ -37,6 +37,7 @@ class ElasticLayer:
         num_sub_experts: N.
         neuron_scale: fp32 ``[E, C]`` of ``NeuronRule``, where the plan skips neurons.
         compensation: what is added to the output below full budget, if any.
+        number: of the layer among those of the model.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ElasticLayer:
     num_sub_experts: int
     neuron_scale: Tensor | None = None
     compensation: Compensation | None = None
+    number: int = 0
     _placed: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def on(self, device: torch.device) -> dict[str, Tensor]:
@@ -77,7 +79,7 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         from .model import attach_on_demand
 
         state = attach_on_demand(module)
-    step = state.dial.step(len(hidden_states), hidden_states.device)
+    step = state.dial.step(len(hidden_states), hidden_states.device, state.number)
     look, neurons = (step, None) if step is None else state.dial.spend(step)
     executor = choose_executor(state.dial.executor, module, hidden_states, top_k_index.shape[1], neurons is not None)
     if step is None and not isinstance(executor, CpuExecutor):

@@ -26,7 +26,7 @@ from ..experts.packing import pack, unpack
 from ..gates import GATES
 from .budgets import budget, set_budget
 from .compensation import Compensation
-from .dial import Dial, named_points
+from .dial import Dial, named_points, spread_table
 from .executors import AUTO, EXECUTORS
 from .fingerprint import matches
 from .layer import ElasticLayer
@@ -110,7 +110,7 @@ def _attach_one(
         raise CheckpointError(f"the checkpoint skips neurons, but {name} has no {NEURON_SCALE}, or cannot skip any")
     if elastic.compensated and (vectors is None or len(vectors) != len(elastic.compensated)):
         raise CheckpointError(f"{TENSORS_FILE} has no tensor {prefix}{COMPENSATION} for the compensated budgets")
-    state = ElasticLayer(name, dial, gate, mine, elastic.num_sub_experts, scale)
+    state = ElasticLayer(name, dial, gate, mine, elastic.num_sub_experts, scale, number=elastic.layers.index(name))
     if vectors is not None:
         state.compensation = Compensation(vectors, elastic.compensated, elastic.full_budget)
     pack(module)
@@ -122,6 +122,8 @@ def _dial(elastic: ElasticConfig) -> Dial:
     dial = Dial(elastic.full_budget)
     if elastic.scan is not None:
         dial.plan = Plan(elastic.scan, elastic.num_neurons // elastic.num_sub_experts)
+    if elastic.layer_budgets is not None:
+        dial.spread = spread_table(elastic.layer_budgets)
     return dial
 
 

@@ -37,7 +37,7 @@ from .tune import skips_neurons, tune
 from .workspace import Workspace, model_identity
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all); stages: "sample", "capture", "layers", "spend", "compensate"."""
+"""Called with (stage, steps done, steps in all); stages: "sample", "capture", "layers" and those of ``tune``."""
 
 
 class LayerReport(NamedTuple):

@@ -61,6 +61,11 @@ class Recipe(BaseModel):
         description="Budgets at which the mean of what is skipped is fitted, one vector per expert, and added back; "
         "interpolated between. 0: nothing is added. 8 are enough.",
     )
+    layer_budgets: Literal["uniform", "measured"] = Field(
+        "uniform",
+        description="uniform = a budget is the same in every layer; measured = layers that lose more by a small budget "
+        "get more and the others less, with the same mean: chosen from KL to the full model on calibration text.",
+    )
     points: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         default_factory=list,
         description="Shares of full budget that are measured and published as operating points, e.g. [0.25, 0.5, 1]; "

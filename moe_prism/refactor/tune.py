@@ -23,6 +23,7 @@ from ..experts import ExpertLayer
 from ..experts.neurons import is_plain
 from ..gates import Gate
 from .compensate import budgets_to_fit, fit_compensation
+from .layer_budgets import choose_layer_budgets
 from .recipe import Recipe
 from .spend import choose_scan
 from .workspace import Workspace
@@ -62,14 +63,15 @@ def tune(
         recipe: what to do.
         skip: whether budgets skip neurons.
         work: where finished steps are kept.
-        tell: called with (stage, steps done, in all); stages "spend" and "compensate".
+        tell: called with (stage, steps done, in all); stages "spend", "compensate" and "layer budgets".
 
     Returns:
         ``elastic`` with its plan.
     """
     size, full = elastic.num_neurons // elastic.num_sub_experts, elastic.full_budget
     fitted = budgets_to_fit(full, recipe.compensation_budgets) if recipe.compensation_budgets else []
-    if skip or fitted:
+    measured = recipe.layer_budgets == "measured"
+    if skip or fitted or measured:
         implementation: str = model.config._experts_implementation
         dial = attach(model, elastic, tensors)
         try:
@@ -89,6 +91,13 @@ def tune(
                 if state.compensation is not None:
                     tensors[f"{layer.name}.{COMPENSATION}"] = state.compensation.vectors.cpu()
             elastic = elastic.model_copy(update={"compensated": fitted})
+            if measured:
+                table = work.numbers("layer_budgets")
+                if table is None:
+                    table = choose_layer_budgets(model, windows, lambda done, total: tell("layer budgets", done, total))
+                    work.keep_numbers("layer_budgets", table)
+                rows = torch.tensor(table).view(full, len(elastic.layers))
+                elastic = elastic.model_copy(update={"layer_budgets": rows.tolist()})
         finally:
             detach(model, implementation)
     if not skip:
