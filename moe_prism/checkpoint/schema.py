@@ -166,6 +166,33 @@ class DistinctStable(_Frozen):
     baseline: int | None = Field(default=None, ge=0)
 
 
+class PhasePoint(_Frozen):
+    """A budget for the prompt and another for what follows it."""
+
+    prefill: int = Field(ge=1, description="Budget of the prompt's tokens.")
+    decode: int = Field(ge=1, description="Budget of the continuation's tokens.")
+    excess: float = Field(description="Loss of continuation tokens over the full model's, nats per token.")
+    stderr: float = Field(ge=0, description="Paired standard error of the excess.")
+
+
+class Phases(_Frozen):
+    """Excess loss of continuations by the budgets of both phases: what a scheduler may save in which."""
+
+    text: str = Field(min_length=1, description="Name of the evaluation text.")
+    prompt_tokens: int = Field(ge=1, description="Tokens of every prompt.")
+    tokens: int = Field(ge=1, description="Continuation tokens measured, over all prompts.")
+    points: list[PhasePoint] = Field(
+        min_length=1, description="Every pair of the measured budgets: by prefill, then by decode budget."
+    )
+
+    @model_validator(mode="after")
+    def _is_a_grid(self) -> Self:
+        budgets = sorted({k for point in self.points for k in (point.prefill, point.decode)})
+        if [(p.prefill, p.decode) for p in self.points] != list(itertools.product(budgets, budgets)):
+            raise ValueError(f"phases must hold every pair of {budgets} once, by prefill and then by decode budget")
+        return self
+
+
 class OperatingPoints(_Frozen):
     """operating_points.json: measured budget -> quality and cost, on what text, with which seeds and versions."""
 
@@ -189,6 +216,7 @@ class OperatingPoints(_Frozen):
         description="Other gates measured beside, by name, on the same text. Of a coarser one, k_active is in the "
         "sub-experts of this model.",
     )
+    phases: Phases | None = Field(default=None, description="Budgets of prompt and continuation; null: not measured.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -206,6 +234,8 @@ class OperatingPoints(_Frozen):
                 _check_share("baseline", baseline_point.k, top_k, baseline_point.share)
         _check_count("elastic", self.elastic, self.distinct_stable.elastic)
         _check_count("baseline", self.baseline, self.distinct_stable.baseline)
+        if self.phases is not None and self.phases.points[-1].prefill > self.full_budget:
+            raise ValueError(f"phases: budget {self.phases.points[-1].prefill} is not in 1..{self.full_budget}")
         return self
 
 

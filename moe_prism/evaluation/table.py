@@ -8,7 +8,7 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from moe_prism.checkpoint.schema import BaselinePoint, OperatingPoint, OperatingPoints
+from moe_prism.checkpoint.schema import BaselinePoint, OperatingPoint, OperatingPoints, Phases
 
 
 def frontier_table(points: OperatingPoints) -> Table:
@@ -30,6 +30,24 @@ def frontier_table(points: OperatingPoints) -> Table:
     for other in points.baseline:
         # the original's router is its only gate, so its cost is its share
         table.add_row(f"top-{other.k}", f"{other.share:.3f}", *_cells(other, full), style="dim")
+    return table
+
+
+def phases_table(phases: Phases) -> Table:
+    """Excess loss of continuation tokens: a row for every budget of the prompt, a column for every one after it."""
+    budgets = sorted({point.prefill for point in phases.points})
+    table = Table(
+        title=f"Continuations on {phases.text} ({phases.tokens:,} tokens after prompts of {phases.prompt_tokens})",
+        caption="Loss over full in nats per token, by budget of the prompt (rows) and of the continuation (columns).",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+    )
+    for heading in ("prompt", *map(str, budgets)):
+        table.add_column(heading, justify="right")
+    for prefill in budgets:
+        cells = [f"{point.excess:+.4f}" for point in phases.points if point.prefill == prefill]
+        table.add_row(str(prefill), *cells)
     return table
 
 

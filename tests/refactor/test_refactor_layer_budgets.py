@@ -17,50 +17,32 @@ import moe_prism
 from moe_prism.elastic import attach, budget
 from moe_prism.elastic.budgets import elastic_layers
 from moe_prism.refactor import refactor_model, tune
-from moe_prism.refactor.layer_budgets import convex, curve, spread
+from moe_prism.refactor.layer_budgets import gain_of_units, spread
 
 MEASURED = {"layer_budgets": "measured", "solver": "importance", "compensation_budgets": 2}
 
 
-def _convex_falling(gains: list[float]) -> np.ndarray:
-    """A convex curve that ends at zero, from the gains of its steps."""
-    return np.cumsum([0.0, *sorted(gains)])[::-1].copy()
-
-
 @given(st.integers(2, 3), st.integers(2, 4), st.data())
 def test_every_mean_is_spread_as_well_as_it_can_be(layers: int, full: int, data: st.DataObject) -> None:
-    gain = st.floats(0, 10, allow_nan=False)
-    curves = [_convex_falling(data.draw(st.lists(gain, min_size=full - 1, max_size=full - 1))) for _ in range(layers)]
-    rows = spread(curves)
+    gain = st.lists(st.floats(0, 10), min_size=full - 1, max_size=full - 1)
+    gains = [np.array(sorted(data.draw(gain), reverse=True)) for _ in range(layers)]
+    rows = spread(gains)
     assert len(rows) == full
     assert rows[-1] == [full] * layers
     for k, row in enumerate(rows, 1):
         assert sum(row) == k * layers
         every = (each for each in itertools.product(range(1, full + 1), repeat=layers) if sum(each) == k * layers)
-        best = min(sum(c[b - 1] for c, b in zip(curves, each, strict=True)) for each in every)
-        assert sum(c[b - 1] for c, b in zip(curves, row, strict=True)) == pytest.approx(best, abs=1e-9)
+        best = max(sum(g[: b - 1].sum() for g, b in zip(gains, each, strict=True)) for each in every)
+        assert sum(g[: b - 1].sum() for g, b in zip(gains, row, strict=True)) == pytest.approx(best)
     for low, high in itertools.pairwise(rows):
         assert all(a <= b for a, b in zip(low, high, strict=True))
 
 
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=12))
-def test_convex_is_the_largest_convex_sequence_below(values: list[float]) -> None:
-    found = convex(np.array(values))
-    assert (found <= np.array(values) + 1e-9).all()
-    assert (np.diff(found, 2) >= -1e-9).all()
-    for i in range(len(values)):  # no chord between two given points passes below it
-        chords = [
-            values[a] + (values[b] - values[a]) * (i - a) / (b - a)
-            for a in range(i + 1)
-            for b in range(max(i, a + 1), len(values))
-        ]
-        assert found[i] == pytest.approx(min([values[i], *chords]), abs=1e-6)
-
-
-def test_a_curve_goes_through_what_was_measured_and_ends_at_zero() -> None:
-    found = curve([1, 4, 8], [1.0, 0.25, 0.05], 16)
-    assert found[[0, 3, 7, 15]] == pytest.approx([1.0, 0.25, 0.05, 0.0], abs=1e-9)
-    assert curve([1, 4], [0.0, 0.0], 8) == pytest.approx(np.zeros(8))
+def test_gains_go_through_what_was_measured_and_never_rise() -> None:
+    found = gain_of_units([1.5, 3.5, 7.5], [0.8, 0.2, 0.4], 16)
+    assert found[[0, 2, 6, 14]] == pytest.approx([0.8, 0.2, 0.2, 0.2])
+    assert found[1] == pytest.approx(0.4)  # half-way between, as logarithms
+    assert (gain_of_units([1.5, 3.5], [-1.0, 0.0], 8) > 0).all()
 
 
 def test_a_checkpoint_spreads_its_budgets_and_costs_no_more(tmp_path: Path) -> None:
