@@ -76,6 +76,11 @@ class ElasticConfig(_Frozen):
     compensated: list[int] = Field(
         default_factory=list, description="Ascending budgets that the layers' compensation vectors were fitted at."
     )
+    sharing: list[float] | None = Field(
+        default=None,
+        description="For every budget K = 1..full_budget, how far tokens of a request depart from K as their scores "
+        "ask for, from 0 to 1, with K as their mean. Null: every token gets K.",
+    )
     layer_budgets: list[list[int]] | None = Field(
         default=None,
         description="For every budget K = 1..full_budget, the budget of every layer; their mean is at most K. Null: K "
@@ -116,6 +121,10 @@ class ElasticConfig(_Frozen):
         fitted = self.compensated
         if fitted != sorted(set(fitted)) or any(not 1 <= k < self.full_budget for k in fitted):
             raise ValueError(f"compensated must ascend within 1..{self.full_budget - 1}, got {fitted}")
+        if self.sharing is not None and (
+            len(self.sharing) != self.full_budget or not all(0 <= part <= 1 for part in self.sharing)
+        ):
+            raise ValueError(f"sharing must be {self.full_budget} numbers from 0 to 1, got {self.sharing}")
         if self.layer_budgets is not None:
             _check_layer_budgets(self.layer_budgets, len(self.layers), self.full_budget)
 

@@ -15,6 +15,8 @@ STAGES = {
     "layers": "partitioning layers",
     "spend": "choosing how budgets are spent",
     "compensate": "fitting what budgets leave out",
+    "thresholds": "fitting thresholds of tokens",
+    "sharing": "choosing how far tokens share",
     "layer budgets": "spreading budgets over layers",
 }
 

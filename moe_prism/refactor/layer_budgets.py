@@ -62,7 +62,8 @@ def gain_of_units(middles: Sequence[float], gains: Sequence[float], full: int) -
     """
     least = max(*gains, 1e-9) * 1e-3
     falling = np.minimum.accumulate(np.maximum(gains, least))
-    return np.exp(np.interp(np.arange(1.5, full), middles, np.log(falling)))
+    out: NDArray[np.float64] = np.exp(np.interp(np.arange(1.5, full), middles, np.log(falling)))
+    return out
 
 
 def spread(gains: Sequence[NDArray[np.float64]]) -> list[list[int]]:

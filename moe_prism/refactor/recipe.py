@@ -61,6 +61,12 @@ class Recipe(BaseModel):
         description="Budgets at which the mean of what is skipped is fitted, one vector per expert, and added back; "
         "interpolated between. 0: nothing is added. 8 are enough.",
     )
+    token_budgets: Literal["equal", "shared"] = Field(
+        "equal",
+        description="equal = every token of a request runs its budget; shared = tokens with concentrated scores run "
+        "less and others more, with the budget as the request's mean, which then need not be a whole number; how far "
+        "they depart is measured per budget.",
+    )
     layer_budgets: Literal["uniform", "measured"] = Field(
         "uniform",
         description="uniform = a budget is the same in every layer; measured = layers that lose more by a small budget "

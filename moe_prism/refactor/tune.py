@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoint.schema import ElasticConfig
-from ..elastic import attach
+from ..elastic import attach, dial_of
 from ..elastic.budgets import elastic_layers
 from ..elastic.compensation import Compensation
-from ..elastic.model import COMPENSATION, NEURON_SCALE, detach
+from ..elastic.model import COMPENSATION, NEURON_SCALE, THRESHOLDS, detach
 from ..elastic.plan import Plan
+from ..elastic.sharing import Sharing
 from ..errors import PrismError
 from ..experts import ExpertLayer
 from ..experts.neurons import is_plain
@@ -25,6 +26,7 @@ from ..gates import Gate
 from .compensate import budgets_to_fit, fit_compensation
 from .layer_budgets import choose_layer_budgets
 from .recipe import Recipe
+from .share import choose_strength, fit_thresholds
 from .spend import choose_scan
 from .workspace import Workspace
 
@@ -63,15 +65,16 @@ def tune(
         recipe: what to do.
         skip: whether budgets skip neurons.
         work: where finished steps are kept.
-        tell: called with (stage, steps done, in all); stages "spend", "compensate" and "layer budgets".
+        tell: called with (stage, steps done, in all); stages "spend", "compensate", "thresholds", "sharing" and
+            "layer budgets".
 
     Returns:
         ``elastic`` with its plan.
     """
     size, full = elastic.num_neurons // elastic.num_sub_experts, elastic.full_budget
     fitted = budgets_to_fit(full, recipe.compensation_budgets) if recipe.compensation_budgets else []
-    measured = recipe.layer_budgets == "measured"
-    if skip or fitted or measured:
+    measured, shared = recipe.layer_budgets == "measured", recipe.token_budgets == "shared"
+    if skip or fitted or measured or shared:
         implementation: str = model.config._experts_implementation
         dial = attach(model, elastic, tensors)
         try:
@@ -91,6 +94,8 @@ def tune(
                 if state.compensation is not None:
                     tensors[f"{layer.name}.{COMPENSATION}"] = state.compensation.vectors.cpu()
             elastic = elastic.model_copy(update={"compensated": fitted})
+            if shared:
+                elastic = elastic.model_copy(update={"sharing": _share(model, windows, tensors, work, tell)})
             if measured:
                 table = work.numbers("layer_budgets")
                 if table is None:
@@ -104,6 +109,24 @@ def tune(
         for name in [name for name in tensors if name.endswith(f".{NEURON_SCALE}")]:
             del tensors[name]
     return elastic
+
+
+def _share(
+    model: PreTrainedModel,
+    windows: Tensor,
+    tensors: dict[str, Tensor],
+    work: Workspace,
+    tell: Callable[[str, int, int], None],
+) -> list[float]:
+    thresholds = fit_thresholds(model, windows, lambda done, total: tell("thresholds", done, total))
+    for layer, state in elastic_layers(model):
+        state.thresholds = tensors[f"{layer.name}.{THRESHOLDS}"] = thresholds[layer.name]
+    strength = work.numbers("sharing")
+    if strength is None:
+        strength = choose_strength(model, windows, lambda done, total: tell("sharing", done, total))
+        work.keep_numbers("sharing", strength)
+    dial_of(model).sharing = Sharing(strength, len(thresholds))
+    return strength
 
 
 def _fit(

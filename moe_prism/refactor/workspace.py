@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +88,16 @@ class Workspace:
         }
         save_tensors(path, fixed | {f"{_PREFIX}{name}": value for name, value in result.tensors.items()})
 
-    def numbers(self, name: str) -> list[int] | None:
+    def numbers(self, name: str) -> list[Any] | None:
         """A list that was settled."""
         path = self.path / f"{name}.json"
         return list(json.loads(path.read_text())) if path.exists() else None
 
-    def keep_numbers(self, name: str, numbers: list[int]) -> None:
+    def keep_numbers(self, name: str, numbers: Sequence[float]) -> None:
         """Settle a list."""
         path = self.path / f"{name}.json"
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(numbers))
+        temporary.write_text(json.dumps(list(numbers)))
         os.replace(temporary, path)
 
     def vectors(self, k_active: int) -> dict[str, Tensor] | None:
