@@ -33,7 +33,7 @@ import torch
 
 from moe_prism import Recipe, make_elastic
 from moe_prism.checkpoint.atomic import replace_file
-from moe_prism.elastic import budget, cost_shares, full_budget, load_elastic, routed_experts
+from moe_prism.elastic import budget, budget_within, cost_shares, load_elastic, routed_experts
 from moe_prism.errors import PrismError
 from moe_prism.evaluation.choices import Question, answer, load_questions
 from moe_prism.evaluation.environment import machine, versions
@@ -46,6 +46,7 @@ from moe_prism.refactor import load_stock
 SHARES = (0.75, 0.5, 0.25)
 _PAPER = {"solver": "annealing", "impact": "activation"}
 _STATIC = {"solver": "importance", "gate": "static"}
+_BEST = _STATIC | {"neurons": "gate-first", "compensation_budgets": 8}
 METHODS: dict[str, dict[str, Any]] = {
     "paper: proxy": _PAPER | {"gate": "proxy", "gate_options": {"weighted": False}},
     "paper: linear": _PAPER | {"gate": "linear"},
@@ -54,19 +55,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "static, compensated": _STATIC | {"compensation_budgets": 8},
     "gate-first": _STATIC | {"neurons": "gate-first"},
     "gate-first, compensated": _STATIC | {"neurons": "gate-first", "compensation_budgets": 8},
+    "the same, shared by tokens": _BEST | {"token_budgets": "shared"},
+    "the same, spread over layers": _BEST | {"layer_budgets": "measured"},
+    "the same, both": _BEST | {"token_budgets": "shared", "layer_budgets": "measured"},
 }
 ORIGINAL = "original"
 BASELINE = "fewer experts"
 ROUNDED = {8: "original, experts at 8 bits", 4: "original, experts at 4 bits"}
 GROUP = 32
 DROPPED_FIRST = (BASELINE, "static")  # the first of them that was measured is the baseline of the ratios
-COLOURS = ("tab:gray", "tab:red", "tab:pink", "tab:orange", "tab:olive", "tab:green", "tab:cyan", "tab:blue")
-
-
-def budget_within(model: Any, share: float) -> int | None:
-    """The largest budget whose FLOPs and bytes stay within a share, to half a percent; None if no budget does."""
-    fits = [k for k in range(1, full_budget(model) + 1) if max(cost_shares(model, k)) <= share + 0.005]
-    return max(fits, default=None)
+COLOURS = ("tab:gray", "tab:red", "tab:pink", "tab:orange", "tab:olive", "tab:green", "tab:cyan", "tab:blue",
+  "tab:purple", "tab:brown", "black")  # fmt: skip
 
 
 class Questions(NamedTuple):

@@ -49,6 +49,26 @@ class Calibration(_Frozen):
     tokens: int = Field(ge=0, description="Tokens of it that were run through the model.")
 
 
+class Try(_Frozen):
+    """One method that was tried on top of the best so far."""
+
+    name: str = Field(min_length=1, description="What was tried.")
+    changes: dict[str, Any] = Field(description="Fields of the recipe that it sets.")
+    kl: list[float] = Field(default_factory=list, description="KL to the full model at every share; empty: not tried.")
+    seconds: float = Field(default=0.0, ge=0, description="What refactoring and measuring took.")
+    outcome: str = Field(min_length=1, description='"kept", "no better", or why it was not tried.')
+
+
+class Choice(_Frozen):
+    """How the methods of the recipe were chosen."""
+
+    text: str = Field(min_length=1, description="Name of the calibration text, of which a part was held out.")
+    tokens: int = Field(ge=1, description="Tokens held out.")
+    shares: list[float] = Field(min_length=1, description="Shares of routed work at which KL was measured.")
+    time_limit: float = Field(gt=0, description="Seconds after which nothing new was tried.")
+    tries: list[Try] = Field(min_length=1, description="In order; each on top of those kept before.")
+
+
 class ElasticConfig(_Frozen):
     """The value of the key "moe_prism" in config.json.
 
@@ -86,6 +106,7 @@ class ElasticConfig(_Frozen):
         description="For every budget K = 1..full_budget, the budget of every layer; their mean is at most K. Null: K "
         "in every layer.",
     )
+    choice: Choice | None = Field(default=None, description="How methods were chosen; null: the recipe named them.")
     calibration: Calibration
     weights_dtype: str = Field(min_length=1, description='Storage type of the expert weights, e.g. "bfloat16".')
     created_with: dict[str, str] = Field(default_factory=dict, description="Package name -> version.")

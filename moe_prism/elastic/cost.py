@@ -33,6 +33,12 @@ def cost_shares(model: nn.Module, k_active: int) -> CostShares:
     return CostShares(*(sum(shares) / len(costs) for shares in zip(*costs, strict=True)))
 
 
+def budget_within(model: nn.Module, share: float) -> int | None:
+    """The largest budget whose FLOPs and bytes stay within a share, to half a percent; None if no budget does."""
+    budgets = range(1, elastic_layers(model)[0][1].dial.full_budget + 1)
+    return max((k for k in budgets if max(cost_shares(model, k)) <= share + 0.005), default=None)
+
+
 def _cost_of(layer: ExpertLayer, state: ElasticLayer, budget: int) -> CostShares:
     k_active = int(state.dial.of_layer(torch.tensor(budget), state.number))
     if k_active == state.dial.full_budget:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from moe_prism.checkpoint.schema import BaselinePoint, OperatingPoint, OperatingPoints, Phases
+from moe_prism.checkpoint.schema import BaselinePoint, Choice, OperatingPoint, OperatingPoints, Phases
 
 
 def frontier_table(points: OperatingPoints) -> Table:
@@ -48,6 +48,25 @@ def phases_table(phases: Phases) -> Table:
     for prefill in budgets:
         cells = [f"{point.excess:+.4f}" for point in phases.points if point.prefill == prefill]
         table.add_row(str(prefill), *cells)
+    return table
+
+
+def choice_table(choice: Choice) -> Table:
+    """What recipe auto tried, on top of what it had kept so far, and why each was kept or not."""
+    table = Table(
+        title=f"Methods tried on {choice.tokens:,} held-out tokens of {choice.text}",
+        caption="KL to the full model at shares of the routed work; each method on top of those kept above it.",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+    )
+    table.add_column("method")
+    for heading in (*(f"{share:.0%}" for share in choice.shares), "seconds"):
+        table.add_column(heading, justify="right")
+    table.add_column("outcome")
+    for each in choice.tries:
+        cells = [f"{kl:.4f}" for kl in each.kl] or [""] * len(choice.shares)
+        table.add_row(each.name, *cells, f"{each.seconds:.0f}", each.outcome)
     return table
 
 

@@ -31,6 +31,8 @@ _PARTITION: dict[str, Any] = {
     "impact": "activation",
     "neurons": "all",
     "compensation_budgets": 0,
+    "token_budgets": "equal",
+    "layer_budgets": "uniform",
 }
 PAPER_N = 4
 # The paper's own partition and gates: N = 4 where that can be compared, annealing on plain activations, no routing
@@ -80,7 +82,7 @@ def run_demo(
     target = out / "elastic"
     _clear(target)
     words = str(calibration) if calibration else None
-    make_elastic(source, target, recipe, text=words, compute_dtype=dtype, progress=progress)
+    recipe = make_elastic(source, target, recipe, text=words, compute_dtype=dtype, progress=progress).recipe
     model = load_elastic(target, dtype=dtype)
 
     def variant(label: str, changes: dict[str, Any]) -> PreTrainedModel:
