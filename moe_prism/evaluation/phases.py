@@ -60,7 +60,7 @@ def measure_phases(
     runs = {
         (prefill, decode): Run(
             f"{prefill} then {decode}",
-            partial(_filled, model, ([prefill] * prompt + [decode] * (context - prompt)) * batch_size),
+            partial(_filled, model, [prefill] * prompt + [decode] * (context - prompt), batch_size),
         )
         for prefill in grid
         for decode in grid
@@ -78,9 +78,12 @@ def measure_phases(
 
 
 @contextmanager
-def _filled(model: PreTrainedModel, budgets: list[int]) -> Iterator[None]:
+def _filled(model: PreTrainedModel, budgets: list[int], rows: int) -> Iterator[None]:
     dial = dial_of(model)
-    dial.fill(budgets)
+    requests = torch.arange(rows)
+    if dial.sharing is not None:
+        dial.sharing.open(requests)
+    dial.fill(budgets * rows, requests.repeat_interleave(len(budgets)))
     try:
         yield
     finally:
