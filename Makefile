@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier frontier-second frontier-dense bench-kernels bench-batch bench-decode clean distclean
+.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier frontier-second frontier-dense reproduce bench-kernels bench-batch bench-decode clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -130,6 +130,12 @@ frontier-dense: $(DENSE)/config.json ## the same on SmolLM2-135M as one expert a
 	  --mcq $(filter-out %/boolq.jsonl,$(MCQ)) --questions 25 --out build/frontier/smollm2/frontier.json \
 	  --methods static gate-first "gate-first, compensated" "static, compensated" "balanced, weighted proxy" \
 	  "paper: proxy" $(ARGS)
+
+# MODEL: a name on the hub or a directory; a directory without the data sets of the hub needs ARGS='--text FILE --calibration FILE'.
+MODEL ?= allenai/OLMoE-1B-7B-0924
+reproduce: $(VENV)/.dev ## the paper's table on MODEL=, beside its published figures -> build/reproduce/
+	$(PIP) -e '.[datasets]'
+	$(BIN)/python tools/reproduce.py $(MODEL) $(ARGS)
 
 bench-kernels: $(VENV)/.dev ## time of a layer by executor and budget (15 minutes, 4 GB) -> build/bench/kernels.json
 	$(BIN)/python tools/bench_kernels.py --out build/bench/kernels.json $(ARGS)
