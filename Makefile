@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier frontier-second frontier-dense reproduce bench-kernels bench-batch bench-decode clean distclean
+.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier bench-points frontier frontier-second frontier-dense reproduce bench-kernels bench-batch bench-decode clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -99,6 +99,9 @@ bench-memory: $(VENV)/.dev ## peak memory of profiling a layer of a 30B shape ->
 
 bench-frontier: $(VENV)/.dev ## the operating points of README and docs (20 minutes) -> docs/results/
 	bash tools/bench_frontier.sh $(DATA)
+
+bench-points: $(VENV)/.dev ## distinct points of the fine dial, budgets of prompt and continuation (an hour) -> docs/results/fine-dial/
+	bash tools/bench_points.sh $(DATA)
 
 frontier: $(VENV)/.dev ## quality at equal cost, method by method (30 minutes) -> build/frontier/frontier.json
 	$(BIN)/python tools/frontier.py --calibration $(CALIBRATION) $(DATA)/wikitext2/train-first1MB.txt --text $(VALID) \
