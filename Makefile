@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier ablation frontier-second frontier-dense bench-kernels bench-crossovers bench-batch bench-decode clean distclean
+.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier ablation frontier-second frontier-dense bench-kernels bench-crossovers bench-batch bench-decode bench-points reproduce clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -100,6 +100,9 @@ bench-memory: $(VENV)/.dev ## peak memory of profiling a layer of a 30B shape ->
 bench-frontier: $(VENV)/.dev ## the operating points of README and docs (20 minutes) -> docs/results/
 	bash tools/bench_frontier.sh $(DATA)
 
+bench-points: $(VENV)/.dev ## distinct points of the fine dial, budgets of prompt and continuation (an hour) -> docs/results/fine-dial/
+	bash tools/bench_points.sh $(DATA)
+
 frontier: $(VENV)/.dev ## quality at equal cost, method by method (30 minutes) -> build/frontier/frontier.json
 	$(BIN)/python tools/frontier.py --calibration $(CALIBRATION) $(DATA)/wikitext2/train-first1MB.txt --text $(VALID) \
 	  --mcq $(MCQ) $(ARGS)
@@ -139,6 +142,12 @@ frontier-dense: $(DENSE)/config.json ## the same on SmolLM2-135M as one expert a
 	  --mcq $(filter-out %/boolq.jsonl,$(MCQ)) --questions 25 --out build/frontier/smollm2/frontier.json \
 	  --methods static gate-first "gate-first, compensated" "static, compensated" ladder "balanced, weighted proxy" \
 	  "paper: proxy" $(ARGS)
+
+# MODEL: a name on the hub or a directory; a directory without the data sets of the hub needs ARGS='--text FILE --calibration FILE'.
+MODEL ?= allenai/OLMoE-1B-7B-0924
+reproduce: $(VENV)/.dev ## the paper's table on MODEL=, beside its published figures -> build/reproduce/
+	$(PIP) -e '.[datasets]'
+	$(BIN)/python tools/reproduce.py $(MODEL) $(ARGS)
 
 bench-kernels: $(VENV)/.dev ## time of a layer by executor and budget (15 minutes, 4 GB) -> build/bench/kernels.json
 	$(BIN)/python tools/bench_kernels.py --out build/bench/kernels.json $(ARGS)

@@ -34,7 +34,7 @@ import torch
 
 from moe_prism import Recipe, make_elastic
 from moe_prism.checkpoint.atomic import replace_file
-from moe_prism.elastic import budget, cost_shares, full_budget, load_elastic, routed_experts
+from moe_prism.elastic import budget, budget_within, cost_shares, load_elastic, routed_experts
 from moe_prism.errors import PrismError
 from moe_prism.evaluation.choices import Question, answer, load_questions
 from moe_prism.evaluation.environment import machine, versions
@@ -49,6 +49,7 @@ _PAPER = {"solver": "annealing", "impact": "activation"}
 _STATIC = {"solver": "importance", "gate": "static"}
 _PROBE = {"solver": "importance", "gate": "probe"}
 _NEURONS = {"neurons": "gate-first"}
+_BEST = _STATIC | _NEURONS | {"compensation_budgets": 8}
 METHODS: dict[str, dict[str, Any]] = {
     "paper: proxy": _PAPER | {"gate": "proxy", "gate_options": {"weighted": False}},
     "paper: linear": _PAPER | {"gate": "linear"},
@@ -56,8 +57,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "static": _STATIC,
     "static, compensated": _STATIC | {"compensation_budgets": 8},
     "gate-first": _STATIC | _NEURONS,
-    "gate-first, compensated": _STATIC | _NEURONS | {"compensation_budgets": 8},
+    "gate-first, compensated": _BEST,
     "ladder": _STATIC | _NEURONS | {"shadow_bits": 4},
+    "the same, shared by tokens": _BEST | {"token_budgets": "shared"},
+    "the same, spread over layers": _BEST | {"layer_budgets": "measured"},
+    "the same, both": _BEST | {"token_budgets": "shared", "layer_budgets": "measured"},
 }
 # What varies one thing of the above; `make ablation` measures them.
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -79,12 +83,6 @@ DROPPED_FIRST = (BASELINE, "static")  # the first of them that was measured is t
 
 AXES = ("bytes", "flops")
 BOTH = "both"
-
-
-def budget_within(model: Any, share: float, axis: str) -> int | None:
-    """The largest budget whose bytes or FLOPs stay within a share, to half a percent; None if no budget does."""
-    fits = [k for k in range(1, full_budget(model) + 1) if getattr(cost_shares(model, k), axis) <= share + 0.005]
-    return max(fits, default=None)
 
 
 class Questions(NamedTuple):
@@ -185,7 +183,7 @@ def method_rows(args: argparse.Namespace, method: str, seed: int, calibration: P
     model = load_elastic(folder, dtype="float32")
     runs: dict[tuple[float, str], Run] = {}
     for share in SHARES:
-        fits = {axis: budget_within(model, share, axis) for axis in AXES}
+        fits = {axis: budget_within(model, share, (axis,)) for axis in AXES}
         if len(set(fits.values())) == 1:
             fits = {BOTH: fits[AXES[0]]}
         for axis, k in fits.items():

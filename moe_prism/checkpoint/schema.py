@@ -49,6 +49,26 @@ class Calibration(_Frozen):
     tokens: int = Field(ge=0, description="Tokens of it that were run through the model.")
 
 
+class Try(_Frozen):
+    """One method that was tried on top of the best so far."""
+
+    name: str = Field(min_length=1, description="What was tried.")
+    changes: dict[str, Any] = Field(description="Fields of the recipe that it sets.")
+    kl: list[float] = Field(default_factory=list, description="KL to the full model at every share; empty: not tried.")
+    seconds: float = Field(default=0.0, ge=0, description="What refactoring and measuring took.")
+    outcome: str = Field(min_length=1, description='"kept", "no better", or why it was not tried.')
+
+
+class Choice(_Frozen):
+    """How the methods of the recipe were chosen."""
+
+    text: str = Field(min_length=1, description="Name of the calibration text, of which a part was held out.")
+    tokens: int = Field(ge=1, description="Tokens held out.")
+    shares: list[float] = Field(min_length=1, description="Shares of routed work at which KL was measured.")
+    time_limit: float = Field(gt=0, description="Seconds after which nothing new was tried.")
+    tries: list[Try] = Field(min_length=1, description="In order; each on top of those kept before.")
+
+
 class ElasticConfig(_Frozen):
     """The value of the key "moe_prism" in config.json.
 
@@ -87,6 +107,17 @@ class ElasticConfig(_Frozen):
         description="What is done to a layer's output below full budget. mean and scale: with the vectors fitted at "
         "the compensated budgets, if any; renormalise: routing weights of the experts that run keep their sum.",
     )
+    sharing: list[float] | None = Field(
+        default=None,
+        description="For every budget K = 1..full_budget, how far tokens of a request depart from K as their scores "
+        "ask for, from 0 to 1, with K as their mean. Null: every token gets K.",
+    )
+    layer_budgets: list[list[int]] | None = Field(
+        default=None,
+        description="For every budget K = 1..full_budget, the budget of every layer; their mean is at most K. Null: K "
+        "in every layer.",
+    )
+    choice: Choice | None = Field(default=None, description="How methods were chosen; null: the recipe named them.")
     calibration: Calibration
     weights_dtype: str = Field(min_length=1, description='Storage type of the expert weights, e.g. "bfloat16".')
     created_with: dict[str, str] = Field(default_factory=dict, description="Package name -> version.")
@@ -124,6 +155,12 @@ class ElasticConfig(_Frozen):
         fitted = self.compensated
         if fitted != sorted(set(fitted)) or any(not 1 <= k < self.full_budget for k in fitted):
             raise ValueError(f"compensated must ascend within 1..{self.full_budget - 1}, got {fitted}")
+        if self.sharing is not None and (
+            len(self.sharing) != self.full_budget or not all(0 <= part <= 1 for part in self.sharing)
+        ):
+            raise ValueError(f"sharing must be {self.full_budget} numbers from 0 to 1, got {self.sharing}")
+        if self.layer_budgets is not None:
+            _check_layer_budgets(self.layer_budgets, len(self.layers), self.full_budget)
 
     def _check_ladder(self, ladder: Sequence[tuple[int, int, int]]) -> None:
         if self.scan is not None:
@@ -187,6 +224,33 @@ class DistinctStable(_Frozen):
     baseline: int | None = Field(default=None, ge=0)
 
 
+class PhasePoint(_Frozen):
+    """A budget for the prompt and another for what follows it."""
+
+    prefill: int = Field(ge=1, description="Budget of the prompt's tokens.")
+    decode: int = Field(ge=1, description="Budget of the continuation's tokens.")
+    excess: float = Field(description="Loss of continuation tokens over the full model's, nats per token.")
+    stderr: float = Field(ge=0, description="Paired standard error of the excess.")
+
+
+class Phases(_Frozen):
+    """Excess loss of continuations by the budgets of both phases: what a scheduler may save in which."""
+
+    text: str = Field(min_length=1, description="Name of the evaluation text.")
+    prompt_tokens: int = Field(ge=1, description="Tokens of every prompt.")
+    tokens: int = Field(ge=1, description="Continuation tokens measured, over all prompts.")
+    points: list[PhasePoint] = Field(
+        min_length=1, description="Every pair of the measured budgets: by prefill, then by decode budget."
+    )
+
+    @model_validator(mode="after")
+    def _is_a_grid(self) -> Self:
+        budgets = sorted({k for point in self.points for k in (point.prefill, point.decode)})
+        if [(p.prefill, p.decode) for p in self.points] != list(itertools.product(budgets, budgets)):
+            raise ValueError(f"phases must hold every pair of {budgets} once, by prefill and then by decode budget")
+        return self
+
+
 class OperatingPoints(_Frozen):
     """operating_points.json: measured budget -> quality and cost, on what text, with which seeds and versions."""
 
@@ -210,6 +274,7 @@ class OperatingPoints(_Frozen):
         description="Other gates measured beside, by name, on the same text. Of a coarser one, k_active is in the "
         "sub-experts of this model.",
     )
+    phases: Phases | None = Field(default=None, description="Budgets of prompt and continuation; null: not measured.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -227,6 +292,8 @@ class OperatingPoints(_Frozen):
                 _check_share("baseline", baseline_point.k, top_k, baseline_point.share)
         _check_count("elastic", self.elastic, self.distinct_stable.elastic)
         _check_count("baseline", self.baseline, self.distinct_stable.baseline)
+        if self.phases is not None and self.phases.points[-1].prefill > self.full_budget:
+            raise ValueError(f"phases: budget {self.phases.points[-1].prefill} is not in 1..{self.full_budget}")
         return self
 
 
@@ -284,6 +351,18 @@ def _parse(model: type[_Model], value: Any, where: str) -> _Model:
             f"{'.'.join(map(str, e['loc'])) or 'fields'}: {e['msg']}" for e in error.errors(include_url=False)[:5]
         ]
         raise CheckpointError(f"{where} is invalid: {'; '.join(problems)}") from None
+
+
+def _check_layer_budgets(table: Sequence[Sequence[int]], layers: int, full: int) -> None:
+    if len(table) != full or any(len(row) != layers for row in table):
+        raise ValueError(f"layer_budgets must have {full} rows (budgets) of {layers} numbers (layers)")
+    before = [1] * layers
+    for k, row in enumerate(table, 1):
+        if any(not low <= mine <= full for low, mine in zip(before, row, strict=True)):
+            raise ValueError(f"layer_budgets of {k} must be from {list(before)} (those of {k - 1}) to {full}: {row}")
+        if sum(row) > k * layers or (k == full and min(row) < full):
+            raise ValueError(f"the mean of layer_budgets of {k} must be at most {k}, and {full} at full budget: {row}")
+        before = list(row)
 
 
 def _check_ascending(name: str, field: str, values: Sequence[int], limit: int) -> None:

@@ -27,11 +27,14 @@ def inspect(
         print(json.dumps(summary, indent=1))
         return
     from ..checkpoint.read import open_checkpoint
-    from ..evaluation.table import frontier_table
+    from ..evaluation.table import choice_table, frontier_table
 
     for name, value in summary.items():
         if not isinstance(value, dict | list):
             out.print(f"[bold]{name}[/bold]: {value}", soft_wrap=True)
-    points = open_checkpoint(checkpoint, verify=False).operating_points()
+    opened = open_checkpoint(checkpoint, verify=False)
+    if opened.elastic.choice is not None:
+        out.print(choice_table(opened.elastic.choice))
+    points = opened.operating_points()
     if points is not None:
         out.print(frontier_table(points))

@@ -15,13 +15,21 @@ STAGES = {
     "layers": "partitioning layers",
     "spend": "choosing how budgets are spent",
     "compensate": "fitting what budgets leave out",
+    "thresholds": "fitting thresholds of tokens",
+    "sharing": "choosing how far tokens share",
+    "methods": "trying methods",
+    "points": "choosing points to publish",
+    "layer budgets": "spreading budgets over layers",
 }
 
 
 def refactor(
     model: Annotated[str, typer.Argument(help="Model directory, or a model name of the hub. It is only read.")],
     output: Annotated[Path, typer.Argument(help="New directory for the elastic checkpoint.")],
-    recipe: Annotated[Path | None, typer.Option(help="Recipe, YAML. Options below override its fields.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Recipe, YAML, or auto. Options below override its fields."),
+    ] = None,
     text: Annotated[
         str | None,
         typer.Option(help="Calibration text: file, folder or data set of the hub. Without: the model writes it."),
@@ -33,6 +41,7 @@ def refactor(
     gate: Annotated[str | None, typer.Option(help="Gate.")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="Calibration tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling and solver.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Of recipe auto, in seconds.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights while computing; stored ones keep theirs.")] = "auto",
 ) -> None:
     """Turn a stock MoE checkpoint into an elastic one that equals it at full budget.
@@ -43,15 +52,19 @@ def refactor(
     """
     from ..refactor.recipe import Recipe
 
-    fields: dict[str, Any] = Recipe.load(recipe).model_dump() if recipe else {}
+    fields: dict[str, Any] = {"methods": "auto"} if recipe == Path("auto") else {}
+    if recipe and not fields:
+        fields = Recipe.load(recipe).model_dump()
     given = {
         "num_sub_experts": num_sub_experts,
         "solver": solver,
         "gate": gate,
         "calibration_tokens": calibration_tokens,
         "seed": seed,
+        "time_limit": time_limit,
     }
     chosen = Recipe.of(fields | {name: value for name, value in given.items() if value is not None})
+    from ..evaluation.table import choice_table
     from ..refactor import make_elastic
     from .console import compute_dtype, quiet
 
@@ -64,6 +77,8 @@ def refactor(
                 f"warning: {report.name}: experts {', '.join(map(str, report.fallbacks))} were reached by fewer than "
                 f"{chosen.min_tokens_per_expert} calibration tokens and were profiled on other tokens"
             )
+    if done.elastic.choice is not None:
+        out.print(choice_table(done.elastic.choice))
     out.print(
         f"{output}: budgets 1..{done.elastic.full_budget}, full budget equals {model}. "
         f"Measure it: moe-prism sweep {output}",

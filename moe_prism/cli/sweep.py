@@ -12,7 +12,7 @@ import typer
 from .console import Dtype, bars, out
 
 
-def parse_budgets(text: str | None) -> list[int] | None:
+def parse_budgets(text: str | None, option: str = "--budgets") -> list[int] | None:
     """``"4,8,12"`` -> numbers; raises PrismError for anything else."""
     from ..errors import PrismError
 
@@ -21,7 +21,7 @@ def parse_budgets(text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise PrismError(f"--budgets must be whole numbers with commas between, such as 4,8,12; got {text!r}") from None
+        raise PrismError(f"{option} must be whole numbers with commas between, such as 4,8,12; got {text!r}") from None
 
 
 def sweep(
@@ -35,6 +35,9 @@ def sweep(
     ] = None,
     reference: Annotated[str | None, typer.Option(help="The original model, to compare logits at full budget.")] = None,
     budgets: Annotated[str | None, typer.Option(help="Such as 4,8,12; by default the recipe's points.")] = None,
+    phases: Annotated[
+        str | None, typer.Option(help="Such as 8,16,32: also measure every pair of budgets of prompt and continuation.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens of each text.")] = 65_536,
     context: Annotated[int, typer.Option(min=8, help="Tokens of a window.")] = 256,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the points here.")] = None,
@@ -49,7 +52,7 @@ def sweep(
     """
     from ..checkpoint.read import open_checkpoint
 
-    asked = parse_budgets(budgets)
+    asked, paired = parse_budgets(budgets), parse_budgets(phases, "--phases")
     opened = open_checkpoint(checkpoint)
     from ..refactor.recipe import Recipe
 
@@ -59,7 +62,7 @@ def sweep(
     from ..evaluation.sampling import sampled_text
     from ..evaluation.save import save_points
     from ..evaluation.sweep import sweep as measure_sweep
-    from ..evaluation.table import frontier_table
+    from ..evaluation.table import frontier_table, phases_table
     from .console import compute_dtype, load_tokenizer, quiet
 
     quiet()
@@ -89,9 +92,12 @@ def sweep(
             second_model=other,
             second_seed=open_checkpoint(second, verify=False).elastic.seed if second else None,
             reference=original,
+            phases=paired,
             progress=tell,
         )
     out.print(frontier_table(result.points))
+    if result.points.phases is not None:
+        out.print(phases_table(result.points.phases))
     if json_file:
         from ..checkpoint.atomic import replace_file
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from ..errors import PrismError, UnsupportedModelError
 from ..experts import ExpertLayer, find_expert_layers
 from .dial import Budget, Dial
 from .layer import ElasticLayer, require_state, state_of
+
+HOOKS = "_moe_prism_hooks"
 
 
 def elastic_layers(model: nn.Module) -> list[tuple[ExpertLayer, ElasticLayer]]:
@@ -61,22 +64,49 @@ def set_budget(
         cap: different sub-experts that a layer may load in a step (needs ``k_min``; CPU). The set is then
             chosen for the batch; floors come before the cap.
 
+    Where the checkpoint lets tokens of a request share its budget (``token_budgets`` of the recipe), budgets are means
+    and need not be whole: 4.5 is one, 0.3 a share that is not rounded. With ``k_min`` tokens do not share.
+
     Raises:
         PrismError: out of range, or the model is not elastic. Nothing is changed then.
     """
     dial = dial_of(model)
+    if dial.sharing is not None:
+        announce_batches(model, dial)
     if isinstance(k_active, (Sequence, Tensor)) and not isinstance(k_active, str):
         values = k_active.tolist() if isinstance(k_active, Tensor) else k_active
-        rows = torch.tensor([dial.resolve(value) for value in values], dtype=torch.int64)
+        rows = torch.tensor([dial.resolve(value) for value in values], dtype=torch.float64)
+        rows = rows.long() if torch.equal(rows, rows.long().double()) else rows
         if not len(rows):
             raise PrismError("an empty list of budgets; give one for every row of the batch")
-        everyone = dial.full_budget
+        everyone: int | float = dial.full_budget
     else:
         rows, everyone = None, dial.resolve(k_active)
-    floor = None if k_min is None else dial.resolve(k_min)
+    floor = None if k_min is None else int(dial.resolve(k_min))
     if cap is not None and (floor is None or cap < 1):
         raise PrismError(f"cap must be at least 1 and needs k_min, got cap={cap!r}, k_min={k_min!r}")
     dial.k_active, dial.rows, dial.k_min, dial.cap = everyone, rows, floor, cap
+
+
+def announce_batches(model: nn.Module, dial: Dial) -> None:
+    """From now on a forward of the model tells the dial the shape of its batch, so that rows can share budgets."""
+    body = getattr(model, "base_model", model)
+    if HOOKS in body.__dict__:
+        return
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = next((v for v in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if v is not None), None)
+        if given is not None:
+            past = kwargs.get("past_key_values")
+            dial.begin(len(given), given.shape[1], past is None or not past.get_seq_length())
+
+    def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        dial.batch = None
+
+    body.__dict__[HOOKS] = (
+        body.register_forward_pre_hook(begin, with_kwargs=True),
+        body.register_forward_hook(end, always_call=True),
+    )
 
 
 @contextmanager

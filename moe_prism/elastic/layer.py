@@ -21,10 +21,11 @@ from ..gates import Gate
 from .batch_selection import choose
 from .compensation import Recalibration
 from .cpu_selection import select, select_all
-from .dial import Dial
+from .dial import Dial, StepBudgets
 from .executors import CpuExecutor, NeuronRule, choose_executor
 from .ladder import LadderPlan, run_ladder
 from .selection import gather_selection, pooled_scores, whole_experts
+from .sharing import relative_scores
 
 
 @dataclass
@@ -40,6 +41,8 @@ class ElasticLayer:
         neuron_scale: fp32 ``[E, C]`` of ``NeuronRule``, where the plan skips neurons.
         compensation: what is done to the output below full budget, if anything.
         shadow: the experts at few bits, where the plan is a ladder.
+        number: of the layer among those of the model.
+        thresholds: fp32 ``[full + 1]`` of ``Sharing``, where tokens share budgets.
     """
 
     name: str
@@ -50,6 +53,8 @@ class ElasticLayer:
     neuron_scale: Tensor | None = None
     compensation: Recalibration | None = None
     shadow: Shadow | None = None
+    number: int = 0
+    thresholds: Tensor | None = None
     _placed: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def on(self, device: torch.device) -> dict[str, Tensor]:
@@ -81,24 +86,27 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         from .model import attach_on_demand
 
         state = attach_on_demand(module)
-    step = state.dial.step(len(hidden_states), hidden_states.device)
+    step = state.dial.step(len(hidden_states), hidden_states.device, state.number)
+    n, experts = state.num_sub_experts, int(module.num_experts)  # type: ignore[arg-type]
+    index, valid = top_k_index, None
+    if module._is_expert_parallel:
+        valid = top_k_index < experts
+        index = top_k_index.clamp(max=experts - 1)
+    scores = None
+    if step is not None:
+        scores = state.gate.score(module, state.on(hidden_states.device), hidden_states, index, n)
+        if step.means is not None:
+            step = _share(state, step, scores.values.detach(), top_k_weights.detach(), valid)
     look, neurons = (step, None) if step is None else state.dial.spend(step)
     executor = choose_executor(state.dial.executor, module, hidden_states, top_k_index.shape[1], neurons is not None)
     if step is None and not isinstance(executor, CpuExecutor):
         own: Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
         return own
-    n, experts = state.num_sub_experts, int(module.num_experts)  # type: ignore[arg-type]
-    valid = None
-    index = top_k_index
-    if module._is_expert_parallel:
-        valid = top_k_index < experts
-        index = top_k_index.clamp(max=experts - 1)
     plain = valid is None and hidden_states.device.type == "cpu"
-    if step is None or look is None:
+    if step is None or look is None or scores is None:
         everything = select_all(top_k_weights.detach(), index) if plain else whole_experts(index, top_k_weights, valid)
         out = executor.run(module, hidden_states, everything, 1)
     else:
-        scores = state.gate.score(module, state.on(hidden_states.device), hidden_states, index, n)
         weighted = state.gate.weighted
         if look.k_min is None and plain:
             selection = select(scores.values.detach(), top_k_weights.detach(), index, look.k_active, weighted)
@@ -126,6 +134,21 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         weights = top_k_weights if valid is None else top_k_weights.masked_fill(~valid, 0)
         out = out + torch.einsum("tk,tkh->th", weights.float(), bias[index].float()).to(out.dtype)
     return out
+
+
+def _share(
+    state: ElasticLayer, step: StepBudgets, scores: Tensor, weights: Tensor, valid: Tensor | None
+) -> StepBudgets:
+    sharing = state.dial.sharing
+    assert sharing is not None  # or nobody asked for means
+    assert step.means is not None
+    assert step.requests is not None
+    assert state.thresholds is not None  # attached together with it
+    if valid is not None:
+        raise PrismError(f"{state.name}: tokens cannot share budgets under expert parallelism; turn sharing off")
+    relative = relative_scores(scores, weights, state.gate.weighted)
+    mine = sharing.share(state.number, step.means, step.requests, relative, state.thresholds)
+    return StepBudgets(mine.to(scores.device), pairs=int(mine.sum()))
 
 
 def require_state(module: nn.Module, name: str) -> ElasticLayer:

@@ -25,15 +25,16 @@ from ..experts.neurons import is_plain
 from ..experts.packing import pack, unpack
 from ..experts.shadow import Shadow
 from ..gates import GATES
-from .budgets import budget, set_budget
+from .budgets import HOOKS, budget, set_budget
 from .compensation import recalibration
-from .dial import Dial, named_points
+from .dial import Dial, named_points, spread_table
 from .executors import AUTO, EXECUTORS
 from .fingerprint import matches
 from .ladder import LadderPlan, Rung
 from .layer import ElasticLayer
 from .linear import use_fast_linear
 from .plan import Plan
+from .sharing import Sharing
 
 # What attach_on_demand read, by the id of a living config: an attribute would be saved with the config.
 _LOADED: dict[int, tuple[ElasticConfig, dict[str, Tensor], Dial]] = {}
@@ -41,6 +42,7 @@ FINGERPRINT = "fingerprint"
 PERMUTATION = "permutation"
 NEURON_SCALE = "neuron_scale"
 COMPENSATION = "compensation"
+THRESHOLDS = "thresholds"
 
 
 def attach(model: nn.Module, elastic: ElasticConfig, tensors: dict[str, Tensor]) -> Dial:
@@ -108,6 +110,9 @@ def _attach_one(
     }
     gate = GATES.create(elastic.gate, elastic.gate_options)
     scale, vectors = mine.pop(NEURON_SCALE, None), mine.pop(COMPENSATION, None)
+    thresholds = mine.pop(THRESHOLDS, None)
+    if elastic.sharing is not None and (thresholds is None or len(thresholds) != elastic.full_budget + 1):
+        raise CheckpointError(f"{TENSORS_FILE} has no tensor {prefix}{THRESHOLDS} for tokens that share budgets")
     if elastic.scan is not None and (scale is None or not is_plain(module)):
         raise CheckpointError(f"the checkpoint skips neurons, but {name} has no {NEURON_SCALE}, or cannot skip any")
     if elastic.compensated and (vectors is None or len(vectors) != len(elastic.compensated)):
@@ -118,8 +123,11 @@ def _attach_one(
         raise CheckpointError(f"{TENSORS_FILE} has no tensor {prefix}{missing.args[0]}; it is incomplete") from None
     if elastic.ladder is not None and (shadow is None or scale is None or not is_plain(module)):
         raise CheckpointError(f"the checkpoint reads few bits, but {name} has no shadow, or cannot skip neurons")
-    state = ElasticLayer(name, dial, gate, mine, elastic.num_sub_experts, scale, shadow=shadow)
+    state = ElasticLayer(
+        name, dial, gate, mine, elastic.num_sub_experts, scale, shadow=shadow, number=elastic.layers.index(name)
+    )
     state.compensation = recalibration(elastic.recalibration, vectors, elastic.compensated, elastic.full_budget)
+    state.thresholds = thresholds
     pack(module)
     module.__dict__["_moe_prism"] = state
     return state
@@ -131,6 +139,10 @@ def _dial(elastic: ElasticConfig) -> Dial:
         dial.plan = Plan(elastic.scan, elastic.num_neurons // elastic.num_sub_experts)
     if elastic.ladder is not None:
         dial.plan = LadderPlan([Rung(*rung) for rung in elastic.ladder], elastic.num_neurons // elastic.num_sub_experts)
+    if elastic.layer_budgets is not None:
+        dial.spread = spread_table(elastic.layer_budgets)
+    if elastic.sharing is not None:
+        dial.sharing = Sharing(elastic.sharing, len(elastic.layers))
     return dial
 
 
@@ -139,6 +151,8 @@ def detach(model: PreTrainedModel, implementation: str) -> None:
     for layer in find_expert_layers(model):
         layer.module.__dict__.pop("_moe_prism", None)
         unpack(layer.module)
+    for hook in getattr(model, "base_model", model).__dict__.pop(HOOKS, ()):
+        hook.remove()
     for method in (set_budget, _generate):
         model.__dict__.pop(method.__name__.lstrip("_"), None)
     model.set_experts_implementation(implementation)

@@ -18,6 +18,7 @@ from moe_prism.experts import find_expert_layers
 
 from .environment import machine, versions
 from .measure import Run, max_logit_difference, measure
+from .phases import measure_phases
 from .points import Cost, Further, Measured, Provenance, RunResult, build_operating_points
 from .text import read_text, text_name, tokenize, windows
 
@@ -66,6 +67,7 @@ def sweep(
     second_seed: int | None = None,
     beside: Mapping[str, PreTrainedModel] | None = None,
     reference: PreTrainedModel | None = None,
+    phases: Sequence[int] | None = None,
     progress: StageProgress | None = None,
 ) -> SweepResult:
     """Measures budgets on a text; the full model runs once for all of them.
@@ -85,6 +87,7 @@ def sweep(
         beside: Further elastic models of the same original by name, e.g. the paper's gates. One may have fewer
             sub-experts; its budgets are given in the model's.
         reference: The original model in the same dtype, for the largest logit difference at full budget.
+        phases: Budgets to measure on prompts and continuations of the first text too, in all pairs.
         progress: Told after every forward pass.
 
     Raises:
@@ -94,6 +97,7 @@ def sweep(
     full = elastic.full_budget(model)
     top_k = find_expert_layers(model)[0].top_k
     chosen = _check_budgets(budgets, full)
+    paired = None if phases is None else _check_budgets(phases, full)
     others = dict(beside or {})
     if (second_model is None) != (second_seed is None):
         raise PrismError("second_model and second_seed go together: give both or neither")
@@ -133,6 +137,10 @@ def sweep(
             both = [*_elastic_runs("elastic", model, chosen, full), *_baseline_runs(model, levels, top_k)]
             again = measured(text_name(second_text), second, both)
 
+    both_phases = None
+    if paired is not None:
+        report = partial(progress, "prompt and continuation") if progress is not None else None
+        both_phases = measure_phases(model, first, paired, text_name(text), batch_size, report)
     ours = _measured(model, "elastic", chosen, results, full)
     beside_measured = {
         name: _measured(other, f"beside {name}", theirs[name], results, full) for name, other in others.items()
@@ -154,7 +162,7 @@ def sweep(
         further=further,
         beside=beside_measured,
         full_budget_max_logit_diff=difference,
-    )
+    ).model_copy(update={"phases": both_phases})
     return SweepResult(points, ours, baseline, beside_measured, further)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from moe_prism.checkpoint.schema import BaselinePoint, OperatingPoint, OperatingPoints
+from moe_prism.checkpoint.schema import BaselinePoint, Choice, OperatingPoint, OperatingPoints, Phases
 
 
 def frontier_table(points: OperatingPoints) -> Table:
@@ -30,6 +30,43 @@ def frontier_table(points: OperatingPoints) -> Table:
     for other in points.baseline:
         # the original's router is its only gate, so its cost is its share
         table.add_row(f"top-{other.k}", f"{other.share:.3f}", *_cells(other, full), style="dim")
+    return table
+
+
+def phases_table(phases: Phases) -> Table:
+    """Excess loss of continuation tokens: a row for every budget of the prompt, a column for every one after it."""
+    budgets = sorted({point.prefill for point in phases.points})
+    table = Table(
+        title=f"Continuations on {phases.text} ({phases.tokens:,} tokens after prompts of {phases.prompt_tokens})",
+        caption="Loss over full in nats per token, by budget of the prompt (rows) and of the continuation (columns).",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+    )
+    for heading in ("prompt", *map(str, budgets)):
+        table.add_column(heading, justify="right")
+    for prefill in budgets:
+        cells = [f"{point.excess:+.4f}" for point in phases.points if point.prefill == prefill]
+        table.add_row(str(prefill), *cells)
+    return table
+
+
+def choice_table(choice: Choice) -> Table:
+    """What recipe auto tried, on top of what it had kept so far, and why each was kept or not."""
+    table = Table(
+        title=f"Methods tried on {choice.tokens:,} held-out tokens of {choice.text}",
+        caption="KL to the full model at shares of the routed work; each method on top of those kept above it.",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+    )
+    table.add_column("method")
+    for heading in (*(f"{share:.0%}" for share in choice.shares), "seconds"):
+        table.add_column(heading, justify="right")
+    table.add_column("outcome")
+    for each in choice.tries:
+        cells = [f"{kl:.4f}" for kl in each.kl] or [""] * len(choice.shares)
+        table.add_row(each.name, *cells, f"{each.seconds:.0f}", each.outcome)
     return table
 
 

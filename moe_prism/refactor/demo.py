@@ -33,6 +33,8 @@ _PARTITION: dict[str, Any] = {
     "shadow_bits": 0,
     "compensation_budgets": 0,
     "recalibration": "mean",
+    "token_budgets": "equal",
+    "layer_budgets": "uniform",
 }
 PAPER_N = 4
 # The paper's own partition and gates: N = 4 where that can be compared, annealing on plain activations, no routing
@@ -82,7 +84,7 @@ def run_demo(
     target = out / "elastic"
     _clear(target)
     words = str(calibration) if calibration else None
-    make_elastic(source, target, recipe, text=words, compute_dtype=dtype, progress=progress)
+    recipe = make_elastic(source, target, recipe, text=words, compute_dtype=dtype, progress=progress).recipe
     model = load_elastic(target, dtype=dtype)
 
     def variant(label: str, changes: dict[str, Any]) -> PreTrainedModel:

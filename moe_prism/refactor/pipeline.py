@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +28,11 @@ from ..errors import PrismError
 from ..evaluation.environment import versions
 from ..experts import ExpertLayer, find_expert_layers, permute_neurons
 from ..gates import GATES, Gate
+from .auto import search_methods
 from .calibration import load_calibration
 from .capture import capture, capture_bytes, read_layer
 from .layer import LayerResult, refactor_layer
+from .points import with_points
 from .recipe import Recipe
 from .solvers import SOLVERS
 from .solvers.base import Solver
@@ -37,7 +40,8 @@ from .tune import skips_neurons, tune
 from .workspace import Workspace, model_identity
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all); stages: "sample", "capture", "layers", "spend", "compensate"."""
+"""Called with (stage, steps done, steps in all); stages: "sample", "methods", "capture", "layers", those of
+``tune`` and "points"."""
 
 
 class LayerReport(NamedTuple):
@@ -59,6 +63,7 @@ class Refactored(NamedTuple):
         elastic: what config.json says.
         tensors: ours, by checkpoint name.
         reports: one per layer.
+        recipe: with everything filled in that was left to be chosen.
     """
 
     model: PreTrainedModel
@@ -66,6 +71,7 @@ class Refactored(NamedTuple):
     elastic: ElasticConfig
     tensors: dict[str, Tensor]
     reports: list[LayerReport]
+    recipe: Recipe
 
 
 def load_stock(source: str, dtype: str | torch.dtype = "auto") -> tuple[PreTrainedModel, Any]:
@@ -130,6 +136,8 @@ def refactor_model(
     out: Path,
     text: str | None = None,
     progress: Progress | None = None,
+    start: Path | None = None,
+    before: str = "windows",
 ) -> tuple[Refactored, Workspace]:
     """Refactor a loaded model in place; unfinished work is kept beside ``out``.
 
@@ -140,7 +148,14 @@ def refactor_model(
         out: where the checkpoint will go; only its sibling ``OUT.partial/`` is written.
         text: calibration text (see ``load_calibration``); None: the model writes it.
         progress: see ``Progress``.
+        start: working folder of another refactoring of the same model, whose finished parts are used.
+        before: the stage (``workspace.STAGES``) up to which they are.
+
+    Raises:
+        PrismError: the recipe does not fit the model, or leaves the methods open.
     """
+    if recipe.methods != "given":
+        raise PrismError("methods: auto is chosen by make_elastic; give refactor_model a recipe that names methods")
     layers = find_expert_layers(model)
     solver, gate = check_recipe(recipe, layers)
     skip = skips_neurons(recipe, layers, gate)
@@ -151,6 +166,8 @@ def refactor_model(
         out.parent, model.num_parameters() * itemsize + capture_bytes(layers, recipe.calibration_tokens, itemsize)
     )
     work = Workspace(out, key)
+    if start is not None:
+        work.inherit(start, before)
     settled = work.windows()
     if settled is None:
         settled = load_calibration(
@@ -192,6 +209,8 @@ def refactor_model(
         created_with=versions(),
     )
     elastic = tune(model, windows, elastic, tensors, recipe, skip, work, tell)
+    if recipe.points == "auto":
+        recipe = with_points(recipe, model, windows, elastic, tensors, work, tell)
     reports = [
         LayerReport(
             layer.name,
@@ -202,10 +221,10 @@ def refactor_model(
         )
         for layer, result in zip(layers, finished, strict=True)
     ]
-    return Refactored(model, tokenizer, elastic, tensors, reports), work
+    return Refactored(model, tokenizer, elastic, tensors, reports, recipe), work
 
 
-def write_refactored(done: Refactored, recipe: Recipe, out: Path, base_model: str | None) -> None:
+def write_refactored(done: Refactored, out: Path, base_model: str | None) -> None:
     """Write a refactored model as an elastic checkpoint, whole or not at all."""
 
     def save(folder: Path) -> None:
@@ -218,8 +237,8 @@ def write_refactored(done: Refactored, recipe: Recipe, out: Path, base_model: st
         save_model=save,
         elastic=done.elastic,
         tensors=done.tensors,
-        recipe_yaml=recipe.to_yaml(),
-        card=model_card(name=out.name, elastic=done.elastic, recipe_yaml=recipe.to_yaml(), base_model=base_model),
+        recipe_yaml=done.recipe.to_yaml(),
+        card=model_card(name=out.name, elastic=done.elastic, recipe_yaml=done.recipe.to_yaml(), base_model=base_model),
         extra_files={"moe_prism/layers.json": _layers_json(done.reports)},
     )
 
@@ -261,14 +280,21 @@ def make_elastic(
     check_output(out)
     SOLVERS.create(recipe.solver, recipe.solver_options)
     GATES.create(recipe.gate, recipe.gate_options)
-    model, tokenizer = load_stock(str(source), compute_dtype)
-    done, work = refactor_model(model, tokenizer, recipe, out, text, progress)
+    start, choice, search = None, None, None
+    load = partial(load_stock, str(source), compute_dtype)
+    if recipe.methods == "auto":
+        recipe, choice, start, search = search_methods(recipe, out, text, load, refactor_model, progress)
+    model, tokenizer = load()
+    done, work = refactor_model(model, tokenizer, recipe, out, text, progress, start, "points")
+    done = done._replace(elastic=done.elastic.model_copy(update={"choice": choice}))
     if compute_dtype != "auto":
         # every tensor is written in the dtype it was stored in, so the weights are read again, not cast back
         done = _with_stored_weights(done, str(source))
     base = None if Path(source).exists() else str(source)  # only a name on the hub goes into the card
-    write_refactored(done, recipe, out, base)
-    work.remove()
+    write_refactored(done, out, base)
+    for each in (work, search):
+        if each is not None:
+            each.remove()
     return done
 
 

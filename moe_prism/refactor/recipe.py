@@ -28,6 +28,13 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    methods: Literal["given", "auto"] = Field(
+        "given",
+        description="given = the fields below. auto = the best of the methods known here, by KL to the full model at "
+        "equal cost on calibration text that nothing is fitted on; it replaces their fields, and the checkpoint says "
+        "what was tried.",
+    )
+    time_limit: float = Field(150.0, gt=0, description="Seconds after which methods: auto tries nothing new.")
     num_sub_experts: int = Field(
         4, ge=1, description="N, sub-experts of one expert; it must divide the neurons of an expert. The paper uses 4."
     )
@@ -72,10 +79,25 @@ class Recipe(BaseModel):
         "scale and a shift for every dimension of the layer's output. renormalise fits nothing: routing weights of the "
         "experts that run are scaled to the sum of all routed ones.",
     )
-    points: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+    token_budgets: Literal["equal", "shared"] = Field(
+        "equal",
+        description="equal = every token of a request runs its budget; shared = tokens with concentrated scores run "
+        "less and others more, with the budget as the request's mean, which then need not be a whole number; how far "
+        "they depart is measured per budget.",
+    )
+    layer_budgets: Literal["uniform", "measured"] = Field(
+        "uniform",
+        description="uniform = a budget is the same in every layer; measured = layers that lose more by a small budget "
+        "get more and the others less, with the same mean: chosen from KL to the full model on calibration text.",
+    )
+    points: list[Annotated[float, Field(gt=0, le=1)]] | Literal["auto"] = Field(
         default_factory=list,
         description="Shares of full budget that are measured and published as operating points, e.g. [0.25, 0.5, 1]; "
-        "empty: every budget. Where neighbours cannot be told apart, fewer points say as much.",
+        "empty: every budget. Where neighbours cannot be told apart, fewer points say as much. auto: those that "
+        "calibration text says can be told apart on points_tokens.",
+    )
+    points_tokens: int = Field(
+        65_536, ge=256, description="Tokens that automatic points will be measured on; more tell more points apart."
     )
     calibration_tokens: int = Field(20_000, ge=256, description="Tokens of calibration text run through the model.")
     context: int = Field(256, ge=8, description="Tokens of one calibration window.")
@@ -133,6 +155,8 @@ class Recipe(BaseModel):
 
     def budgets(self, full_budget: int) -> list[int] | None:
         """The budgets of ``points``, ascending; None for all."""
+        if self.points == "auto":
+            return None
         return sorted({max(1, round(share * full_budget)) for share in self.points}) or None
 
     def to_yaml(self) -> str:

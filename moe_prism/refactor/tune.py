@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checkpoint.schema import ElasticConfig
-from ..elastic import attach
+from ..elastic import attach, dial_of
 from ..elastic.budgets import elastic_layers
 from ..elastic.compensation import FITTED, FittedRecalibration
 from ..elastic.ladder import LadderPlan, Rung
-from ..elastic.model import COMPENSATION, NEURON_SCALE, detach
+from ..elastic.model import COMPENSATION, NEURON_SCALE, THRESHOLDS, detach
 from ..elastic.plan import Plan
+from ..elastic.sharing import Sharing
 from ..errors import PrismError
 from ..experts import ExpertLayer, find_expert_layers
 from ..experts.neurons import is_plain
@@ -26,7 +27,9 @@ from ..experts.shadow import GROUP, make_shadow
 from ..gates import Gate
 from .climb import choose_rungs
 from .compensate import budgets_to_fit, fit_compensation
+from .layer_budgets import choose_layer_budgets
 from .recipe import Recipe
+from .share import choose_strength, fit_thresholds
 from .spend import choose_scan
 from .workspace import Workspace
 
@@ -67,7 +70,8 @@ def tune(
         recipe: what to do.
         skip: whether budgets skip neurons.
         work: where finished steps are kept.
-        tell: called with (stage, steps done, in all); stages "spend" and "compensate".
+        tell: called with (stage, steps done, in all); stages "spend", "compensate", "thresholds", "sharing" and
+            "layer budgets".
 
     Returns:
         ``elastic`` with its plan.
@@ -78,7 +82,8 @@ def tune(
         for layer in find_expert_layers(model):
             for name, value in make_shadow(layer.module).tensors().items():
                 tensors[f"{layer.name}.{name}"] = value
-    if skip or fitted:
+    measured, shared = recipe.layer_budgets == "measured", recipe.token_budgets == "shared"
+    if skip or fitted or measured or shared:
         implementation: str = model.config._experts_implementation
         dial = attach(model, elastic, tensors)
         try:
@@ -109,12 +114,39 @@ def tune(
                 if isinstance(state.compensation, FittedRecalibration):
                     tensors[f"{layer.name}.{COMPENSATION}"] = state.compensation.vectors.cpu()
             elastic = elastic.model_copy(update={"compensated": fitted})
+            if shared:
+                elastic = elastic.model_copy(update={"sharing": _share(model, windows, tensors, work, tell)})
+            if measured:
+                table = work.numbers("layer_budgets")
+                if table is None:
+                    table = choose_layer_budgets(model, windows, lambda done, total: tell("layer budgets", done, total))
+                    work.keep_numbers("layer_budgets", table)
+                rows = torch.tensor(table).view(full, len(elastic.layers))
+                elastic = elastic.model_copy(update={"layer_budgets": rows.tolist()})
         finally:
             detach(model, implementation)
     if not skip:
         for name in [name for name in tensors if name.endswith(f".{NEURON_SCALE}")]:
             del tensors[name]
     return elastic
+
+
+def _share(
+    model: PreTrainedModel,
+    windows: Tensor,
+    tensors: dict[str, Tensor],
+    work: Workspace,
+    tell: Callable[[str, int, int], None],
+) -> list[float]:
+    thresholds = fit_thresholds(model, windows, lambda done, total: tell("thresholds", done, total))
+    for layer, state in elastic_layers(model):
+        state.thresholds = tensors[f"{layer.name}.{THRESHOLDS}"] = thresholds[layer.name]
+    strength = work.numbers("sharing")
+    if strength is None:
+        strength = choose_strength(model, windows, lambda done, total: tell("sharing", done, total))
+        work.keep_numbers("sharing", strength)
+    dial_of(model).sharing = Sharing(strength, len(thresholds))
+    return strength
 
 
 def _fit(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,29 @@ _WINDOWS = "windows.safetensors"
 _PREFIX = "gate."
 
 
+# What a refactoring settles, in this order, and the files that hold it.
+STAGES: dict[str, tuple[str, ...]] = {
+    "windows": ("text.txt", _WINDOWS),
+    "layers": ("layers/*",),
+    "scan": ("scan.json",),
+    "compensation": ("compensation-*.safetensors",),
+    "sharing": ("sharing.json",),
+    "layer_budgets": ("layer_budgets.json",),
+    "points": ("points.json",),
+}
+
+
+def folder_of(out: Path) -> Path:
+    """Where the unfinished work on an output is."""
+    return out.parent / f"{out.name}.partial"
+
+
 class Workspace:
     """Finished parts of one refactoring."""
 
     def __init__(self, out: Path, key: dict[str, Any]) -> None:
         """Open ``OUT.partial/``; a folder of another key is removed first."""
-        self.path = out.parent / f"{out.name}.partial"
+        self.path = folder_of(out)
         text = json.dumps(key, indent=1, sort_keys=True)
         file = self.path / _KEY
         self.resumed = file.exists() and file.read_text() == text
@@ -87,17 +105,14 @@ class Workspace:
         }
         save_tensors(path, fixed | {f"{_PREFIX}{name}": value for name, value in result.tensors.items()})
 
-    def numbers(self, name: str) -> list[int] | None:
+    def numbers(self, name: str) -> list[Any] | None:
         """A list that was settled."""
-        path = self.path / f"{name}.json"
-        return list(json.loads(path.read_text())) if path.exists() else None
+        kept = self.record(name)
+        return None if kept is None else list(kept)
 
-    def keep_numbers(self, name: str, numbers: list[int]) -> None:
+    def keep_numbers(self, name: str, numbers: Sequence[float]) -> None:
         """Settle a list."""
-        path = self.path / f"{name}.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(numbers))
-        os.replace(temporary, path)
+        self.keep_record(name, list(numbers))
 
     def vectors(self, k_active: int) -> dict[str, Tensor] | None:
         """What was fitted at a budget, by layer."""
@@ -107,6 +122,36 @@ class Workspace:
     def keep_vectors(self, k_active: int, vectors: dict[str, Tensor]) -> None:
         """Finish a budget's fit."""
         save_tensors(self.path / f"compensation-{k_active}.safetensors", vectors)
+
+    def inherit(self, other: Path, before: str) -> None:
+        """Take over what another refactoring of the same model settled before a stage; what is here already stays.
+
+        Args:
+            other: its working folder.
+            before: the first of ``STAGES`` that is not taken over.
+        """
+        for stage, patterns in STAGES.items():
+            if stage == before:
+                return
+            for path in (path for pattern in patterns for path in other.glob(pattern)):
+                target = self.path / path.relative_to(other)
+                if not target.exists():
+                    target.parent.mkdir(exist_ok=True)
+                    temporary = target.with_suffix(".tmp")
+                    shutil.copyfile(path, temporary)
+                    os.replace(temporary, target)
+
+    def record(self, name: str) -> Any:
+        """JSON that was kept, or None."""
+        path = self.path / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def keep_record(self, name: str, value: Any) -> None:
+        """Keep JSON."""
+        path = self.path / f"{name}.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(value))
+        os.replace(temporary, path)
 
     def remove(self) -> None:
         """The output is written; nothing here is needed any more."""

@@ -191,3 +191,19 @@ def test_impossible_ladders_and_recalibrations_are_refused(changes: dict, messag
 def test_a_ladder_survives_json() -> None:
     elastic = elastic_config(ladder=[(1, 2, 1)] * 7, recalibration="scale", compensated=[3])
     assert parse_elastic_config(json.loads(elastic.to_json())) == elastic
+
+
+def test_budgets_of_layers_and_tokens_are_checked() -> None:
+    table = [[1, 1], [1, 3], [3, 3], [3, 5], [4, 6], [5, 7], [6, 8], [8, 8]]
+    config = elastic_config(layer_budgets=table, sharing=[0.5] * 8)
+    assert parse_elastic_config(json.loads(config.to_json())) == config
+    above, falls, short_of_full = list(table), list(table), list(table)
+    above[3] = [4, 5]
+    falls[4] = [2, 8]
+    short_of_full[7] = [7, 8]
+    for bad, message in ((above, "mean"), (falls, "from"), (short_of_full, "full budget"), (table[1:], "8 rows")):
+        with pytest.raises(ValidationError, match=message):
+            elastic_config(layer_budgets=bad)
+    for wrong in ([0.5] * 7, [1.5] * 8):
+        with pytest.raises(ValidationError, match="sharing"):
+            elastic_config(sharing=wrong)

@@ -78,13 +78,15 @@ def test_sweep_prints_writes_json_and_completes_the_checkpoint(made, tmp_path) -
     done = run(
         *("sweep", made / "elastic", "--text", made / "text.txt", "--second-text", made / "text.txt"),
         *("--second", made / "second", "--reference", made / "stock", "--tokens", 256, "--context", 32),
-        *("--json", tmp_path / "points.json", "--report", tmp_path / "report"),
+        *("--json", tmp_path / "points.json", "--report", tmp_path / "report", "--phases", "4,8"),
     )
     assert done.returncode == 0, done.stderr
     points = json.loads((tmp_path / "points.json").read_text())
     assert [p["k_active"] for p in points["elastic"]] == list(range(1, 17))
     assert [p["k"] for p in points["baseline"]] == [1, 2, 3, 4]
     assert points["full_budget_max_logit_diff"] <= 1e-4
+    assert [(p["prefill"], p["decode"]) for p in points["phases"]["points"]][:4] == [(4, 4), (4, 8), (4, 16), (8, 4)]
+    assert "after prompts of 16" in done.stdout
     assert points["distinct_stable"]["elastic"] is not None
     assert (tmp_path / "report" / "index.html").stat().st_size > 10_000
     assert json.loads((made / "elastic/moe_prism/operating_points.json").read_text()) == points
