@@ -15,6 +15,7 @@ STAGES = {
     "layers": "partitioning layers",
     "spend": "choosing how budgets are spent",
     "compensate": "fitting what budgets leave out",
+    "finetune": "finetuning the gate",
 }
 
 

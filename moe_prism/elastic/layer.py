@@ -54,6 +54,11 @@ class ElasticLayer:
             self._placed[device] = {name: value.to(device) for name, value in self.tensors.items()}
         return self._placed[device]
 
+    def replace(self, name: str, value: Tensor) -> None:
+        """Use another value of one of the gate's tensors from now on."""
+        self.tensors[name] = value
+        self._placed.clear()
+
 
 def state_of(module: nn.Module) -> ElasticLayer | None:
     """The state attached to a stacked experts module, if any."""

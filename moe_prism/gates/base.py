@@ -72,6 +72,7 @@ class Gate(ABC):
 
     reads_neurons: ClassVar[bool] = False
     weighted: bool
+    reweights: ClassVar[str] = ""
 
     def leading(self, profile: ExpertProfile, num_sub_experts: int) -> Tensor | None:
         """Neurons that must come first in their sub-expert: int64 ``[N, r]`` positions, or None.

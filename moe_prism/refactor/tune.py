@@ -1,12 +1,13 @@
-"""What follows the partition: choose how budgets are spent, and fit what is added to their outputs.
+"""What follows the partition: choose how budgets are spent, fit what is added to their outputs, finetune the gate.
 
-Both need the elastic model to run, so it is attached here and detached again. Knows the order of the steps and how
+All need the elastic model to run, so it is attached here and detached again. Knows the order of the steps and how
 they resume, not how they work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ..experts import ExpertLayer
 from ..experts.neurons import is_plain
 from ..gates import Gate
 from .compensate import budgets_to_fit, fit_compensation
+from .finetune import finetune
 from .recipe import Recipe
 from .spend import choose_scan
 from .workspace import Workspace
@@ -45,6 +47,7 @@ def skips_neurons(recipe: Recipe, layers: list[ExpertLayer], gate: Gate) -> bool
 def tune(
     model: PreTrainedModel,
     windows: Tensor,
+    training: Tensor | None,
     elastic: ElasticConfig,
     tensors: dict[str, Tensor],
     recipe: Recipe,
@@ -57,19 +60,20 @@ def tune(
     Args:
         model: permuted, stock otherwise; it is stock again on return.
         windows: calibration tokens.
+        training: tokens for finetuning, where the recipe asks for it.
         elastic: what is known so far.
         tensors: by checkpoint name; compensation is added, scales that nothing reads are taken out.
         recipe: what to do.
         skip: whether budgets skip neurons.
         work: where finished steps are kept.
-        tell: called with (stage, steps done, in all); stages "spend" and "compensate".
+        tell: called with (stage, steps done, in all); stages "spend", "compensate" and "finetune".
 
     Returns:
         ``elastic`` with its plan.
     """
     size, full = elastic.num_neurons // elastic.num_sub_experts, elastic.full_budget
     fitted = budgets_to_fit(full, recipe.compensation_budgets) if recipe.compensation_budgets else []
-    if skip or fitted:
+    if skip or fitted or training is not None:
         implementation: str = model.config._experts_implementation
         dial = attach(model, elastic, tensors)
         try:
@@ -89,6 +93,9 @@ def tune(
                 if state.compensation is not None:
                     tensors[f"{layer.name}.{COMPENSATION}"] = state.compensation.vectors.cpu()
             elastic = elastic.model_copy(update={"compensated": fitted})
+            if recipe.finetune is not None and training is not None:
+                report = partial(tell, "finetune")
+                tensors |= finetune(model, training, recipe.finetune, recipe.seed, work, report)
         finally:
             detach(model, implementation)
     if not skip:
