@@ -54,13 +54,31 @@ METHODS: dict[str, dict[str, Any]] = {
     "static, compensated": _STATIC | {"compensation_budgets": 8},
     "gate-first": _STATIC | {"neurons": "gate-first"},
     "gate-first, compensated": _STATIC | {"neurons": "gate-first", "compensation_budgets": 8},
-}
+    "paper: linear, finetuned": _PAPER | {
+        "gate": "linear", "gate_options": {"weighted": False, "reweights": True},
+        "finetune": {"objective": "cross-entropy", "curriculum": "rising", "shares": [0.1, 0.7]},
+    },
+    "gate-first, compensated, finetuned": _STATIC | {
+        "neurons": "gate-first", "compensation_budgets": 8, "finetune": {"objective": "distillation"},
+    },
+}  # fmt: skip
 ORIGINAL = "original"
 BASELINE = "fewer experts"
 ROUNDED = {8: "original, experts at 8 bits", 4: "original, experts at 4 bits"}
 GROUP = 32
 DROPPED_FIRST = (BASELINE, "static")  # the first of them that was measured is the baseline of the ratios
-COLOURS = ("tab:gray", "tab:red", "tab:pink", "tab:orange", "tab:olive", "tab:green", "tab:cyan", "tab:blue")
+COLOURS = (
+    "tab:gray",
+    "tab:red",
+    "tab:pink",
+    "tab:orange",
+    "tab:olive",
+    "tab:green",
+    "tab:cyan",
+    "tab:blue",
+    "tab:brown",
+    "tab:purple",
+)
 
 
 def budget_within(model: Any, share: float) -> int | None:
@@ -156,7 +174,12 @@ def method_rows(args: argparse.Namespace, method: str, seed: int, calibration: P
     # Another seed reads other calibration text: a static order has no other randomness.
     text = args.out.parent / "calibration.txt"
     characters = args.calibration_tokens * 16
-    text.write_text(read_text(calibration, characters * (seed + 1))[characters * seed :][:characters], encoding="utf-8")
+    start, more = characters * seed, 0
+    if recipe.finetune is not None:  # after the same calibration text, text that no seed calibrates on
+        more = recipe.finetune.steps * recipe.finetune.batch * recipe.context * 8
+    first = 8 * characters + seed * more
+    whole = read_text(calibration, first + more)
+    text.write_text(whole[start:][:characters] + whole[first:][:more], encoding="utf-8")
     make_elastic(args.model, folder, recipe, text=str(text), compute_dtype="float32")
     model = load_elastic(folder, dtype="float32")
     runs = {}

@@ -54,6 +54,7 @@ def refactor(
     }
     chosen = Recipe.of(fields | {name: value for name, value in given.items() if value is not None})
     from ..refactor import make_elastic
+    from ..refactor.finetune_tensors import trained_share
     from .console import compute_dtype, quiet
 
     quiet()
@@ -65,6 +66,9 @@ def refactor(
                 f"warning: {report.name}: experts {', '.join(map(str, report.fallbacks))} were reached by fewer than "
                 f"{chosen.min_tokens_per_expert} calibration tokens and were profiled on other tokens"
             )
+    if chosen.finetune is not None:
+        count, share = trained_share(done.tensors, done.model)
+        out.print(f"finetuned: {count:,} values beside the model, {share:.2%} as many as it has parameters")
     out.print(
         f"{output}: budgets 1..{done.elastic.full_budget}, full budget equals {model}. "
         f"Measure it: moe-prism sweep {output}",

@@ -22,7 +22,7 @@ from .compensation import Compensation
 from .cpu_selection import select, select_all
 from .dial import Dial
 from .executors import CpuExecutor, NeuronRule, choose_executor
-from .selection import gather_selection, pooled_scores, whole_experts
+from .selection import gather_selection, pooled_scores, softmax_weights, whole_experts
 
 
 @dataclass
@@ -92,6 +92,8 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     valid = None
     index = top_k_index
     if module._is_expert_parallel:
+        if state.gate.reweights:
+            raise PrismError(f"{state.name}: a gate that gives weights needs all experts of a token on one device")
         valid = top_k_index < experts
         index = top_k_index.clamp(max=experts - 1)
     plain = valid is None and hidden_states.device.type == "cpu"
@@ -107,6 +109,10 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
             pooled = pooled_scores(scores.values, top_k_weights, weighted, valid)
             chosen = choose(pooled, top_k_weights, index, look, experts * n)
             selection = gather_selection(chosen, index, top_k_weights, look.pairs if valid is None else None)
+        if state.gate.reweights:
+            own_weights = softmax_weights(scores.values, top_k_weights)
+            part = selection.sub_expert % n
+            selection = selection._replace(weight=own_weights[selection.token, selection.slot, part])
         if neurons is None:
             out = executor.run(module, hidden_states, selection, n, scores.activations)
         else:

@@ -73,15 +73,17 @@ def best(pooled: Tensor, first: Tensor, budgets: Tensor) -> Tensor:
     return ((rank < budgets[:, None]) & possible).view_as(pooled)
 
 
-def candidate_weights(values: Tensor, weights: Tensor, chosen: Tensor, mode: str) -> Tensor:
-    if not mode:
-        return weights[..., None].float().expand_as(values)
-    if mode == "candidates":
-        flat = values.flatten(1)
-        return (flat / flat.sum(1, keepdim=True)).view_as(values) * (values.shape[2] * weights.float().sum(1)[:, None, None])
-    v = values * chosen
-    w = weights[..., None].float() * chosen
-    return v * (w.sum((1, 2)) / v.sum((1, 2)))[:, None, None]
+def softmax_weights(values: Tensor, weights: Tensor) -> Tensor:
+    """Weights of the candidates where the gate gives them, fp32 ``[T, k, N]``.
+
+    A gate's softmax over the candidates shares out the token's routing weights, N times over since each expert has N
+    sub-experts. Rows equal to a softmax router's give every sub-expert its expert's routing weight.
+
+    Args:
+        values: ``[T, k, N]``, adding up to one for every token.
+        weights: ``[T, k]`` routing weights.
+    """
+    return values.float() * (values.shape[2] * weights.float().sum(dim=1))[:, None, None]
 
 
 def gather_selection(chosen: Tensor, index: Tensor, weights: Tensor, pairs: int | None = None) -> Selection:

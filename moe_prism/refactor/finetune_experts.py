@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from ..elastic.executors.masked import kept, runs_of
+from ..elastic.executors.masked import kept
 from ..elastic.executors import NeuronRule
 from ..elastic.layer import ElasticLayer, require_state
-from ..elastic.selection import best, candidate_weights, first_candidates, pooled_scores
+from ..elastic.selection import best, first_candidates, pooled_scores, softmax_weights
 from ..experts.neurons import activations, down, down_bias, gate_up, num_neurons
 from .finetune_masks import straight_through, threshold_between
 
@@ -38,10 +38,12 @@ def trainable_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
     pooled = pooled_scores(scores.values, top_k_weights, state.gate.weighted)
     fixed = pooled.detach()
     chosen = best(fixed, first_candidates(fixed, top_k_weights), look.k_active)
-    weights = candidate_weights(scores.values, top_k_weights, chosen, state.gate.reweights)
+    reweights = state.gate.reweights
+    own_weights = softmax_weights(scores.values, top_k_weights) if reweights else top_k_weights[..., None].float()
+    weights = own_weights.expand(-1, -1, n)
     rows = _Rows(module, hidden_states, top_k_index)
     if count is None:
-        coefficient = weights * (chosen if state.gate.reweights else _chosen(pooled, chosen))
+        coefficient = weights * (chosen if reweights else _chosen(pooled, chosen))
         out = rows.down(rows.by_row(coefficient)[..., None] * rows.activations().unflatten(1, (n, -1)))
     else:
         out = _some_neurons(rows, state, pooled, chosen, weights, count)
@@ -94,17 +96,18 @@ class _Rows:
         self.module, self.index, self.neurons = module, index, num_neurons(module)
         expert, self.order = index.flatten().sort(stable=True)
         self._place = self.order.argsort()
-        self._runs = list(runs_of(torch.bincount(expert, minlength=int(module.num_experts)).tolist()))  # type: ignore[arg-type]
-        self._x = x[self.order // index.shape[1]]
+        self._counts = torch.bincount(expert, minlength=int(module.num_experts)).tolist()  # type: ignore[arg-type]
+        # Split, not sliced: the gradient of a slice is as large as the whole.
+        self._x = x[self.order // index.shape[1]].split(self._counts)
 
     def project(self, neurons: slice) -> Tensor:
         """Products with a run of the gate and up rows: ``[T k, c]`` in the order of tokens."""
-        parts = [linear(self._x[run], gate_up(self.module, e, slice(None))[neurons]) for e, run in self._runs]
+        parts = [linear(x, gate_up(self.module, e, slice(None))[neurons]) for e, x in enumerate(self._x)]
         return torch.cat(parts).float()[self._place]
 
     def activations(self) -> Tensor:
         """``[T k, C]``, by expert."""
-        return torch.cat([activations(self.module, e, self._x[run]) for e, run in self._runs]).float()
+        return torch.cat([activations(self.module, e, x) for e, x in enumerate(self._x)]).float()
 
     def by_row(self, coefficient: Tensor) -> Tensor:
         """``[T, k, N]`` as ``[T k, N]``, by expert."""
@@ -112,8 +115,8 @@ class _Rows:
 
     def down(self, hidden: Tensor) -> Tensor:
         """Sum over a token's experts of ``hidden``, by expert, times the down rows: fp32 ``[T, H]``."""
-        flat = hidden.reshape(len(self.order), -1).to(self._x.dtype)
-        parts = [(flat[run] @ down(self.module, e, slice(None))).float() for e, run in self._runs]
+        flat = hidden.reshape(len(self.order), -1).to(self._x[0].dtype).split(self._counts)
+        parts = [(rows @ down(self.module, e, slice(None))).float() for e, rows in enumerate(flat)]
         return torch.cat(parts)[self._place].view(*self.index.shape, -1).sum(dim=1)
 
 

@@ -1,8 +1,8 @@
 """What finetuning trains: the tensors that lie beside the model, seen as parameters.
 
 The gate's own tensors, the scales by which neurons are chosen, and the compensation. A non-negative tensor is trained
-as a factor ``exp(p)`` of each value, any other as a change of ``p`` times its root mean square; p starts at zero, so one
-learning rate suits all. Knows nothing of losses or of files.
+as a factor ``exp(p)`` of each value, any other as a change of ``p`` times the root mean square of its slice (an expert's
+rows, a budget's vectors); p starts at zero, so one learning rate suits all. Knows nothing of losses or of files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..elastic.budgets import elastic_layers
 from ..elastic.compensation import Compensation
 from ..elastic.layer import ElasticLayer
-from ..elastic.model import COMPENSATION, NEURON_SCALE
+from ..elastic.model import COMPENSATION, FINGERPRINT, NEURON_SCALE, PERMUTATION
 
 
 class _Trained(NamedTuple):
@@ -28,7 +28,8 @@ class _Trained(NamedTuple):
     def value(self) -> Tensor:
         if bool((self.start >= 0).all()):
             return self.start * self.change.exp()
-        return self.start + self.start.square().mean().sqrt() * self.change
+        size = self.start.flatten(1).square().mean(dim=1).sqrt()
+        return self.start + size.view(-1, *[1] * (self.start.dim() - 1)) * self.change
 
 
 class Trainable:
@@ -68,6 +69,14 @@ class Trainable:
     def values(self) -> dict[str, Tensor]:
         """The present values by name, fp32 on the CPU."""
         return {name: each.value().cpu() for name, each in self._trained.items()}
+
+
+def trained_share(tensors: dict[str, Tensor], model: PreTrainedModel) -> tuple[int, float]:
+    """How many values of a finetuned checkpoint's ``tensors`` were trained, and over the model's parameters."""
+    fixed = (FINGERPRINT, PERMUTATION)
+    trained = (v for name, v in tensors.items() if v.is_floating_point() and name.rpartition(".")[2] not in fixed)
+    count = sum(value.numel() for value in trained)
+    return count, count / model.num_parameters()
 
 
 def _places(state: ElasticLayer) -> Iterator[tuple[str, Tensor, Callable[[Tensor], None]]]:

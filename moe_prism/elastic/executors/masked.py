@@ -81,7 +81,7 @@ def _some_of(module: nn.Module, x: Tensor, selection: Selection, n: int, rule: N
     runs = torch.bincount(expert[expert >= 0], minlength=num_experts(module)).tolist()
     rows = x[order // slots]
     hidden = torch.empty(len(order), neurons, device=x.device)
-    for e, run in runs_of(runs):
+    for e, run in _runs(runs):
         hidden[run] = torch.nn.functional.linear(rows[run], gate_up(module, e, slice(None))[:neurons]).float()
     hidden = torch.nn.functional.silu(hidden).view(-1, n, neurons // n) * weight.view(-1, n, 1)[order]
     score = hidden.abs() * rule.scale.to(x.device)[routed.flatten()[order]].view_as(hidden)
@@ -90,14 +90,14 @@ def _some_of(module: nn.Module, x: Tensor, selection: Selection, n: int, rule: N
     by_token[order] = score.flatten(1)
     hidden = hidden.flatten(1) * kept(by_token.view(len(x), -1), rule).view(-1, neurons)[order]
     result = torch.zeros(len(x) * slots, x.shape[1], device=x.device)
-    for e, run in runs_of(runs):
+    for e, run in _runs(runs):
         up = torch.nn.functional.linear(rows[run], gate_up(module, e, slice(None))[neurons:])
         product = (hidden[run] * up.float()).to(x.dtype) @ down(module, e, slice(None))
         result[order[run]] = product.float()
     return result.view(len(x), slots, -1).sum(dim=1).to(x.dtype)
 
 
-def runs_of(counts: list[int]) -> Iterator[tuple[int, slice]]:
+def _runs(counts: list[int]) -> Iterator[tuple[int, slice]]:
     """(expert, its rows) of every expert that has any."""
     start = 0
     for expert, count in enumerate(counts):
