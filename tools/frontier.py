@@ -67,18 +67,8 @@ BASELINE = "fewer experts"
 ROUNDED = {8: "original, experts at 8 bits", 4: "original, experts at 4 bits"}
 GROUP = 32
 DROPPED_FIRST = (BASELINE, "static")  # the first of them that was measured is the baseline of the ratios
-COLOURS = (
-    "tab:gray",
-    "tab:red",
-    "tab:pink",
-    "tab:orange",
-    "tab:olive",
-    "tab:green",
-    "tab:cyan",
-    "tab:blue",
-    "tab:brown",
-    "tab:purple",
-)
+COLOURS = ("tab:gray", "tab:red", "tab:pink", "tab:orange", "tab:olive", "tab:green", "tab:cyan", "tab:blue")
+COLOURS += ("tab:brown", "tab:purple")
 
 
 def budget_within(model: Any, share: float) -> int | None:

@@ -1,9 +1,9 @@
 """Train what lies beside the model, so that budgets lose less; the model itself stays bit for bit what it was.
 
-Two objectives (``finetune_recipe``): cross-entropy on the text with a curriculum on the budget (arXiv 2510.19366, phase
-1.3: less than 0.1 % of the parameters, router rows only), or the KL of the full model to the model at the budget. Batches
-and budgets follow from the seed and the number of the step alone, and parameters and Adam's moments are kept every few
-steps, so a killed run goes on and ends where an uninterrupted one does, up to rounding. Knows nothing of how gates score.
+Two objectives (``finetune_recipe``): cross-entropy on the text with a curriculum on the budget, as in arXiv 2510.19366,
+phase 1.3, or the KL of the full model to the model at the budget. Batches and budgets follow from the seed and the
+number of the step alone, and parameters and Adam's moments are kept every few steps, so a killed run goes on and ends
+where an uninterrupted one does, up to rounding. Knows nothing of how gates score.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from .workspace import Workspace
 KEEP_EVERY = 10
 _KEPT, _WINDOWS = "finetune", "finetune-windows"
 _BETAS = (0.9, 0.99)
+_SMALLEST_KL = 1e-6
 Tell = Callable[[str, int, int], None]
 
 
 def check_finetune(recipe: Recipe, layers: list[ExpertLayer], gate: Gate, skip: bool) -> None:
-    """Raises PrismError where the recipe asks for finetuning and nothing lies beside the model that could be trained."""
+    """Raises PrismError where the recipe asks for finetuning and nothing lies beside the model to be trained."""
     if recipe.finetune is None or skip or recipe.compensation_budgets:
         return
     neurons, hidden = layers[0].num_neurons, layers[0].hidden_size
@@ -129,7 +130,7 @@ def finetune(
 
 
 def _loss(model: PreTrainedModel, ids: Tensor, budgets: list[int], how: Finetune) -> Tensor:
-    """Mean over the tokens of a batch, in nats."""
+    """Cross-entropy in nats a token, or the mean over the windows of the logarithm of their KL."""
     if how.objective == "cross-entropy":
         with budget(model, budgets):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
@@ -138,7 +139,9 @@ def _loss(model: PreTrainedModel, ids: Tensor, budgets: list[int], how: Finetune
         target = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
     with budget(model, budgets):
         ours = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-    return (target.exp() * (target - ours)).sum(-1).mean()
+    each = (target.exp() * (target - ours)).sum(-1).mean(1)
+    # Logarithms: low budgets lose a hundred times as much as high ones, and would be all that counts.
+    return each.clamp(min=_SMALLEST_KL).log().mean()
 
 
 def _batch(windows: Tensor, full: int, how: Finetune, seed: int, step: int) -> tuple[Tensor, list[int]]:

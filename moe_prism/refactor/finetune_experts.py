@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from ..elastic.executors.masked import kept
 from ..elastic.executors import NeuronRule
+from ..elastic.executors.masked import kept
 from ..elastic.layer import ElasticLayer, require_state
 from ..elastic.selection import best, first_candidates, pooled_scores, softmax_weights
 from ..experts.neurons import activations, down, down_bias, gate_up, num_neurons

@@ -24,7 +24,8 @@ class Finetune(BaseModel):
     objective: Literal["cross-entropy", "distillation"] = Field(
         "distillation",
         description="cross-entropy = the language-modelling loss at the budget, as in the paper; distillation = KL of "
-        "the full model's next-token distribution to that at the budget, which needs one more forward pass a step.",
+        "the full model's next-token distribution to that at the budget, relative to its size at each budget, which "
+        "needs one more forward pass a step.",
     )
     steps: int = Field(300, ge=1, description="Steps of Adam.")
     batch: int = Field(

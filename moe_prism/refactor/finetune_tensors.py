@@ -1,8 +1,8 @@
 """What finetuning trains: the tensors that lie beside the model, seen as parameters.
 
 The gate's own tensors, the scales by which neurons are chosen, and the compensation. A non-negative tensor is trained
-as a factor ``exp(p)`` of each value, any other as a change of ``p`` times the root mean square of its slice (an expert's
-rows, a budget's vectors); p starts at zero, so one learning rate suits all. Knows nothing of losses or of files.
+as a factor ``exp(p)`` of each value, any other as a change of ``p`` times the root mean square of its slice (an
+expert's rows, a budget's vectors); p starts at zero, so one learning rate suits all. Knows nothing of losses or files.
 """
 
 from __future__ import annotations

@@ -17,25 +17,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_prism import make_elastic
-from moe_prism.elastic import attach, budget
+from moe_prism.elastic import budget
 from moe_prism.elastic.budgets import elastic_layers
 from moe_prism.errors import PrismError
-from moe_prism.refactor import Refactored, finetune, refactor_model
-from moe_prism.refactor.calibration import load_calibration
+from moe_prism.refactor import finetune, refactor_model
 from moe_prism.refactor.finetune import _batch
 from moe_prism.refactor.finetune_recipe import Finetune
 from moe_prism.refactor.finetune_tensors import trained_share
+from moe_prism.refactor.workspace import Workspace
 
 GATE_FIRST = {"neurons": "gate-first", "solver": "importance", "compensation_budgets": 2}
 PAPER = {"gate": "linear", "gate_options": {"weighted": False, "reweights": True}}
-QUICK = {"steps": 24, "batch": 4, "learning_rate": 0.05}
-
-
-def refactored(folder: Path, **changes: Any) -> tuple[PreTrainedModel, Refactored]:
-    model = tiny_model("olmoe")
-    done, _ = refactor_model(model, None, recipe(**changes), folder)
-    attach(model, done.elastic, done.tensors)
-    return model, done
 
 
 def distance(model: PreTrainedModel, k_active: int, ids: Tensor) -> float:
@@ -49,38 +41,40 @@ def distance(model: PreTrainedModel, k_active: int, ids: Tensor) -> float:
 
 
 @pytest.mark.parametrize("changes", [GATE_FIRST, PAPER])
-def test_distillation_brings_budgets_closer_to_the_full_model(changes: dict[str, Any], tmp_path: Path) -> None:
-    plain, _ = refactored(tmp_path / "plain", **changes)
-    trained, done = refactored(tmp_path / "trained", **changes, finetune=QUICK)
+def test_distillation_brings_budgets_closer_and_leaves_full_budget_alone(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    model = elastic_model("olmoe", tmp_path, **changes)
+    windows = tokens(16, 32)
     with torch.no_grad():
-        ids = plain.generate(
-            torch.ones(16, 1, dtype=torch.long), max_new_tokens=31, min_new_tokens=31, do_sample=True, pad_token_id=0
-        )
-        assert torch.equal(plain(ids).logits, trained(ids).logits)  # at full budget, bit for bit
-    for k_active in (4, 8):
-        assert distance(trained, k_active, ids) < 0.95 * distance(plain, k_active, ids)
-    count, share = trained_share(done.tensors, trained)
-    expected = {"linear": 2 * 8 * 4 * 32, "static": 2 * (8 * 4 + 8 * 16 + 2 * 8 * 32)}[done.elastic.gate]
-    assert count == expected
-    assert share == pytest.approx(expected / trained.num_parameters())
+        full = model(windows).logits
+    before = [distance(model, k_active, windows) for k_active in (4, 8)]
+    work = Workspace(tmp_path / "w", {})
+    found = finetune.finetune(model, windows, Finetune(steps=30, batch=8, learning_rate=0.05), 0, work)
+    after = [distance(model, k_active, windows) for k_active in (4, 8)]
+    assert all(b < 0.95 * a for a, b in zip(before, after, strict=True))
+    with torch.no_grad():
+        assert torch.equal(model(windows).logits, full)
+    count, share = trained_share(found, model)
+    assert count == (2 * 8 * 4 * 32 if "gate" in changes else 2 * (8 * 4 + 8 * 16 + 2 * 8 * 32))
+    assert share == pytest.approx(count / model.num_parameters())
 
 
 def test_cross_entropy_falls_on_the_text_that_is_trained_on(tmp_path: Path) -> None:
-    how = {**QUICK, "objective": "cross-entropy", "curriculum": "rising", "shares": [0.25, 0.5], "steps": 30}
-    plain, _ = refactored(tmp_path / "plain", **PAPER)
-    trained, _ = refactored(tmp_path / "trained", **PAPER, finetune=how)
-    windows = written(how)
-    losses = []
-    for model in (plain, trained):
+    model = elastic_model("olmoe", tmp_path, **PAPER)
+    windows = tokens(16, 32)
+
+    def loss() -> float:
         with torch.no_grad(), budget(model, 6):
             logits = model(windows).logits[:, :-1]
-        losses.append(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())))
-    assert losses[1] < losses[0] - 0.02
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
 
-
-def written(how: dict[str, Any]) -> Tensor:
-    """The beginning of what the model wrote for itself to be trained on."""
-    return load_calibration(None, None, tiny_model("olmoe"), how["steps"] * how["batch"] * 32, 32, 0).windows[:64]
+    before = loss()
+    how = Finetune(
+        objective="cross-entropy", curriculum="rising", shares=(0.25, 0.5), steps=30, batch=8, learning_rate=0.05
+    )
+    finetune.finetune(model, windows, how, 0, Workspace(tmp_path / "w", {}))
+    assert loss() < before - 0.05
 
 
 def test_the_weights_of_the_checkpoint_are_those_without_finetuning(tmp_path: Path) -> None:
@@ -158,7 +152,7 @@ def test_a_loss_that_is_not_a_number_ends_with_a_message_and_replaces_nothing(
         return real(*args) * (float("nan") if len(calls) == 3 else 1.0)
 
     monkeypatch.setattr(finetune, "_loss", breaks)
-    work = finetune.Workspace(tmp_path / "w", {})
+    work = Workspace(tmp_path / "w", {})
     with pytest.raises(PrismError, match=r"loss of step 3 is nan; lower finetune.learning_rate \(it is 0.02\)"):
         finetune.finetune(model, tokens(8, 16), Finetune(steps=5, batch=2), 0, work)
     assert model.config._experts_implementation == implementation

@@ -1,4 +1,4 @@
-"""The layer with gradients: values of the elastic layer, gradients of finite differences where selection stands still."""
+"""The layer with gradients: values of the elastic layer, gradients of finite differences where choices stand still."""
 
 from __future__ import annotations
 
@@ -65,9 +65,12 @@ def test_gradients_are_those_of_finite_differences(changes: dict[str, Any], name
     model = elastic_model("olmoe", tmp_path, **changes)
     model.requires_grad_(False)
     model.set_experts_implementation(IMPLEMENTATION)
-    ids = tokens(4, 16)
+    ids = tokens(4, 4)
     trained = Trainable(model)
     change = trained.changes[f"{elastic_layers(model)[-1][0].name}.{name}"]
+
+    torch.manual_seed(1)
+    change.data.normal_(std=0.3)  # rows as fitted are equal, and choices between equals do not stand still
 
     def value() -> Tensor:
         trained.put()
@@ -75,16 +78,15 @@ def test_gradients_are_those_of_finite_differences(changes: dict[str, Any], name
 
     value().backward()
     assert change.grad is not None
-    torch.manual_seed(1)
-    direction = torch.randn_like(change)
-    step = 2e-3
+    direction = change.grad / change.grad.square().mean().sqrt()  # along it the loss changes most, against rounding
+    step = {"compensation": 0.05, "rows": 1e-3}[name]
     with torch.no_grad():
         change += step * direction
         above = value()
         change -= 2 * step * direction
         below = value()
     expected = float(above - below) / (2 * step)
-    assert abs(expected) > 1e-4
+    assert expected > 1e-3
     assert float((change.grad * direction).sum()) == pytest.approx(expected, rel=0.03)
 
 
