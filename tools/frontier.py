@@ -46,6 +46,7 @@ from moe_prism.refactor import load_stock
 SHARES = (0.75, 0.5, 0.25)
 _PAPER = {"solver": "annealing", "impact": "activation"}
 _STATIC = {"solver": "importance", "gate": "static"}
+_FINETUNE = {"objective": "distillation", "steps": 150, "batch": 4, "learning_rate": 0.03}
 METHODS: dict[str, dict[str, Any]] = {
     "paper: proxy": _PAPER | {"gate": "proxy", "gate_options": {"weighted": False}},
     "paper: linear": _PAPER | {"gate": "linear"},
@@ -56,10 +57,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "gate-first, compensated": _STATIC | {"neurons": "gate-first", "compensation_budgets": 8},
     "paper: linear, finetuned": _PAPER | {
         "gate": "linear", "gate_options": {"weighted": False, "reweights": True},
-        "finetune": {"objective": "cross-entropy", "curriculum": "rising", "shares": [0.1, 0.7]},
+        "finetune": _FINETUNE | {
+            "objective": "cross-entropy", "curriculum": "rising", "shares": [0.1, 0.7], "learning_rate": 0.005,
+        },
     },
     "gate-first, compensated, finetuned": _STATIC | {
-        "neurons": "gate-first", "compensation_budgets": 8, "finetune": {"objective": "distillation"},
+        "neurons": "gate-first", "compensation_budgets": 8, "finetune": _FINETUNE,
     },
 }  # fmt: skip
 ORIGINAL = "original"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..elastic import budget, dial_of
@@ -134,12 +135,12 @@ def _loss(model: PreTrainedModel, ids: Tensor, budgets: list[int], how: Finetune
     if how.objective == "cross-entropy":
         with budget(model, budgets):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        return cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
     with torch.no_grad(), budget(model, dial_of(model).full_budget):
         target = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
     with budget(model, budgets):
         ours = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-    each = (target.exp() * (target - ours)).sum(-1).mean(1)
+    each: Tensor = (target.exp() * (target - ours)).sum(-1).mean(1)
     # Logarithms: low budgets lose a hundred times as much as high ones, and would be all that counts.
     return each.clamp(min=_SMALLEST_KL).log().mean()
 
