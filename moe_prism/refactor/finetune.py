@@ -87,7 +87,7 @@ def finetune(
         What was trained, by the names of a checkpoint, fp32.
 
     Raises:
-        PrismError: the loss is not finite; the layers then use what they used before.
+        PrismError: the loss or its gradient is not finite; the layers then use what they used before.
     """
     trained = Trainable(model)
     changes = trained.changes
@@ -106,13 +106,13 @@ def finetune(
             with torch.enable_grad():
                 trained.put()
                 loss = _loss(model, batch.to(model.device), budgets, how)
-            if not math.isfinite(float(loss.detach())):
-                raise PrismError(
-                    f"finetuning: the loss of step {step + 1} is {float(loss.detach())}; lower finetune.learning_rate "
-                    f"(it is {how.learning_rate}), or compute in float32 (--dtype float32)"
-                )
             adam.zero_grad(set_to_none=False)
             loss.backward()
+            if not (math.isfinite(loss.item()) and all(_finite(change.grad) for change in changes.values())):
+                raise PrismError(
+                    f"finetuning: the loss of step {step + 1} is {loss.item()}, or its gradient is not finite; lower "
+                    f"finetune.learning_rate (it is {how.learning_rate}), or compute in float32 (--dtype float32)"
+                )
             adam.step()
             if (step + 1) % KEEP_EVERY == 0 or step + 1 == how.steps:
                 _keep(work, changes, adam, step + 1)
@@ -143,6 +143,10 @@ def _loss(model: PreTrainedModel, ids: Tensor, budgets: list[int], how: Finetune
     each: Tensor = (target.exp() * (target - ours)).sum(-1).mean(1)
     # Logarithms: low budgets lose a hundred times as much as high ones, and would be all that counts.
     return each.clamp(min=_SMALLEST_KL).log().mean()
+
+
+def _finite(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.isfinite().all())
 
 
 def _batch(windows: Tensor, full: int, how: Finetune, seed: int, step: int) -> tuple[Tensor, list[int]]:
