@@ -50,6 +50,7 @@ _STATIC = {"solver": "importance", "gate": "static"}
 _PROBE = {"solver": "importance", "gate": "probe"}
 _NEURONS = {"neurons": "gate-first"}
 _BEST = _STATIC | _NEURONS | {"compensation_budgets": 8}
+_FINETUNE = {"objective": "distillation", "steps": 150, "batch": 4, "learning_rate": 0.03}
 METHODS: dict[str, dict[str, Any]] = {
     "paper: proxy": _PAPER | {"gate": "proxy", "gate_options": {"weighted": False}},
     "paper: linear": _PAPER | {"gate": "linear"},
@@ -58,11 +59,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "static, compensated": _STATIC | {"compensation_budgets": 8},
     "gate-first": _STATIC | _NEURONS,
     "gate-first, compensated": _BEST,
-    "ladder": _STATIC | _NEURONS | {"shadow_bits": 4},
     "the same, shared by tokens": _BEST | {"token_budgets": "shared"},
     "the same, spread over layers": _BEST | {"layer_budgets": "measured"},
     "the same, both": _BEST | {"token_budgets": "shared", "layer_budgets": "measured"},
-}
+    "ladder": _STATIC | _NEURONS | {"shadow_bits": 4},
+    "paper: linear, finetuned": _PAPER | {
+        "gate": "linear", "gate_options": {"weighted": False, "reweights": True},
+        "finetune": _FINETUNE | {
+            "objective": "cross-entropy", "curriculum": "rising", "shares": [0.1, 0.7], "learning_rate": 0.005,
+        },
+    },
+    "gate-first, compensated, finetuned": _BEST | {"finetune": _FINETUNE},
+}  # fmt: skip
 # What varies one thing of the above; `make ablation` measures them.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "static, scaled": _STATIC | {"compensation_budgets": 8, "recalibration": "scale"},
@@ -178,7 +186,12 @@ def method_rows(args: argparse.Namespace, method: str, seed: int, calibration: P
     # Another seed reads other calibration text: a static order has no other randomness.
     text = args.out.parent / "calibration.txt"
     characters = args.calibration_tokens * 16
-    text.write_text(read_text(calibration, characters * (seed + 1))[characters * seed :][:characters], encoding="utf-8")
+    start, more = characters * seed, 0
+    if recipe.finetune is not None:  # after the same calibration text, text that no seed calibrates on
+        more = recipe.finetune.steps * recipe.finetune.batch * recipe.context * 8
+    first = 8 * characters + seed * more
+    whole = read_text(calibration, first + more)
+    text.write_text(whole[start:][:characters] + whole[first:][:more], encoding="utf-8")
     make_elastic(args.model, folder, recipe, text=str(text), compute_dtype="float32")
     model = load_elastic(folder, dtype="float32")
     runs: dict[tuple[float, str], Run] = {}

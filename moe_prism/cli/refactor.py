@@ -20,6 +20,7 @@ STAGES = {
     "methods": "trying methods",
     "points": "choosing points to publish",
     "layer budgets": "spreading budgets over layers",
+    "finetune": "finetuning the gate",
 }
 
 
@@ -66,6 +67,7 @@ def refactor(
     chosen = Recipe.of(fields | {name: value for name, value in given.items() if value is not None})
     from ..evaluation.table import choice_table
     from ..refactor import make_elastic
+    from ..refactor.finetune_tensors import trained_share
     from .console import compute_dtype, quiet
 
     quiet()
@@ -79,6 +81,9 @@ def refactor(
             )
     if done.elastic.choice is not None:
         out.print(choice_table(done.elastic.choice))
+    if chosen.finetune is not None:
+        count, share = trained_share(done.tensors, done.model)
+        out.print(f"finetuned: {count:,} values beside the model, {share:.2%} as many as it has parameters")
     out.print(
         f"{output}: budgets 1..{done.elastic.full_budget}, full budget equals {model}. "
         f"Measure it: moe-prism sweep {output}",

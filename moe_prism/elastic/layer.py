@@ -24,7 +24,7 @@ from .cpu_selection import select, select_all
 from .dial import Dial, StepBudgets
 from .executors import CpuExecutor, NeuronRule, choose_executor
 from .ladder import LadderPlan, run_ladder
-from .selection import gather_selection, pooled_scores, whole_experts
+from .selection import gather_selection, pooled_scores, softmax_weights, whole_experts
 from .sharing import relative_scores
 
 
@@ -63,6 +63,11 @@ class ElasticLayer:
             self._placed[device] = {name: value.to(device) for name, value in self.tensors.items()}
         return self._placed[device]
 
+    def replace(self, name: str, value: Tensor) -> None:
+        """Use another value of one of the gate's tensors from now on."""
+        self.tensors[name] = value
+        self._placed.clear()
+
 
 def state_of(module: nn.Module) -> ElasticLayer | None:
     """The state attached to a stacked experts module, if any."""
@@ -90,6 +95,8 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     n, experts = state.num_sub_experts, int(module.num_experts)  # type: ignore[arg-type]
     index, valid = top_k_index, None
     if module._is_expert_parallel:
+        if state.gate.reweights:
+            raise PrismError(f"{state.name}: a gate that gives weights needs all experts of a token on one device")
         valid = top_k_index < experts
         index = top_k_index.clamp(max=experts - 1)
     scores = None
@@ -114,6 +121,10 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
             pooled = pooled_scores(scores.values, top_k_weights, weighted, valid)
             chosen = choose(pooled, top_k_weights, index, look, experts * n)
             selection = gather_selection(chosen, index, top_k_weights, look.pairs if valid is None else None)
+        if state.gate.reweights:
+            own_weights = softmax_weights(scores.values, top_k_weights)
+            part = selection.sub_expert % n
+            selection = selection._replace(weight=own_weights[selection.token, selection.slot, part])
         if neurons is None:
             out = executor.run(module, hidden_states, selection, n, scores.activations)
         elif isinstance(state.dial.plan, LadderPlan):

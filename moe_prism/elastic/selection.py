@@ -73,6 +73,19 @@ def best(pooled: Tensor, first: Tensor, budgets: Tensor) -> Tensor:
     return ((rank < budgets[:, None]) & possible).view_as(pooled)
 
 
+def softmax_weights(values: Tensor, weights: Tensor) -> Tensor:
+    """Weights of the candidates where the gate gives them, fp32 ``[T, k, N]``.
+
+    A gate's softmax over the candidates shares out the token's routing weights, N times over since each expert has N
+    sub-experts. Rows equal to a softmax router's give every sub-expert its expert's routing weight.
+
+    Args:
+        values: ``[T, k, N]``, adding up to one for every token.
+        weights: ``[T, k]`` routing weights.
+    """
+    return values.float() * (values.shape[2] * weights.float().sum(dim=1))[:, None, None]
+
+
 def gather_selection(chosen: Tensor, index: Tensor, weights: Tensor, pairs: int | None = None) -> Selection:
     """Sort the chosen pairs by sub-expert.
 

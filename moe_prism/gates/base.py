@@ -67,11 +67,13 @@ class Gate(ABC):
     """Base of all gates; subclasses are frozen dataclasses with at least the field ``weighted``.
 
     ``weighted`` says whether selection multiplies the scores by the routing weight; ``reads_neurons`` whether
-    scoring computes neurons, whose activations then come with the scores.
+    scoring computes neurons, whose activations then come with the scores; ``reweights`` whether the scores, a softmax
+    over the token's candidates, also replace the routing weights of what is selected.
     """
 
     reads_neurons: ClassVar[bool] = False
     weighted: bool
+    reweights: bool = False
 
     def leading(self, profile: ExpertProfile, num_sub_experts: int) -> Tensor | None:
         """Neurons that must come first in their sub-expert: int64 ``[N, r]`` positions, or None.

@@ -1,6 +1,6 @@
 """The paper's linear gate: an ordinary router with one row per sub-expert, which stock kernels serve.
 
-arXiv 2510.19366, phase 1.3. As fitted here, without finetuning, every sub-expert has its expert's row:
+arXiv 2510.19366, phase 1.3. As fitted here, before finetuning, every sub-expert has its expert's row:
 at multiples of N it equals the original model's top-k', in between it splits one expert.
 """
 
@@ -22,7 +22,13 @@ class LinearGate(WeightedGate):
     Example::
 
         gate: linear
+
+    Attributes:
+        reweights: selected outputs are weighted by this softmax instead of by the routing weights, as in the paper. The
+            rows as fitted give (of a softmax router) the same weights; it is for rows that are finetuned.
     """
+
+    reweights: bool = False
 
     def fit(self, profile: ExpertProfile, num_sub_experts: int) -> dict[str, Tensor]:
         """``rows`` fp32 ``[N, H]``: the expert's own router row, N times."""

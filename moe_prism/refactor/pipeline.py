@@ -31,6 +31,7 @@ from ..gates import GATES, Gate
 from .auto import search_methods
 from .calibration import load_calibration
 from .capture import capture, capture_bytes, read_layer
+from .finetune import check_finetune, training_windows
 from .layer import LayerResult, refactor_layer
 from .points import with_points
 from .recipe import Recipe
@@ -159,6 +160,7 @@ def refactor_model(
     layers = find_expert_layers(model)
     solver, gate = check_recipe(recipe, layers)
     skip = skips_neurons(recipe, layers, gate)
+    check_finetune(recipe, layers, gate, skip)
     tell = progress or (lambda stage, done, total: None)
     key = {"model": model_identity(model, layers), "recipe": recipe.model_dump(mode="json"), "text": text}
     itemsize = next(model.parameters()).element_size()
@@ -181,6 +183,7 @@ def refactor_model(
         )
         work.keep_windows(*settled)
     windows, name = settled
+    training = None if recipe.finetune is None else training_windows(text, tokenizer, model, recipe, work, tell)
     results = [work.layer(number) for number in range(len(layers))]
     if any(result is None for result in results):
         capture(model, layers, windows, work.capture_folder, lambda done, total: tell("capture", done, total))
@@ -208,7 +211,7 @@ def refactor_model(
         weights_dtype=str(model.dtype).removeprefix("torch."),
         created_with=versions(),
     )
-    elastic = tune(model, windows, elastic, tensors, recipe, skip, work, tell)
+    elastic = tune(model, windows, training, elastic, tensors, recipe, skip, work, tell)
     if recipe.points == "auto":
         recipe = with_points(recipe, model, windows, elastic, tensors, work, tell)
     reports = [

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import PrismError
+from .finetune_recipe import Finetune
 
 
 class Recipe(BaseModel):
@@ -72,6 +73,11 @@ class Recipe(BaseModel):
         0,
         ge=0,
         description="Budgets at which the recalibration is fitted; interpolated between. 0: nothing is. 8 are enough.",
+    )
+    finetune: Finetune | None = Field(
+        None,
+        description="Training of the gate's tensors, neuron scales and compensation, the last stage: objective, steps, "
+        "batch, learning_rate, curriculum, shares. The model's own weights are not touched. null: none.",
     )
     recalibration: Literal["mean", "scale", "renormalise"] = Field(
         "mean",
@@ -162,7 +168,8 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """All fields, with their descriptions as comments."""
         lines = []
+        values = self.model_dump(mode="json")
         for name, field in Recipe.model_fields.items():
             lines.append(f"# {field.description}")
-            lines.append(yaml.safe_dump({name: getattr(self, name)}, default_flow_style=False).strip())
+            lines.append(yaml.safe_dump({name: values[name]}, default_flow_style=False).strip())
         return "\n".join(lines) + "\n"

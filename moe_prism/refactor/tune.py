@@ -1,12 +1,13 @@
-"""What follows the partition: choose how budgets are spent, and fit what is added to their outputs.
+"""What follows the partition: choose how budgets are spent, fit what is added to their outputs, finetune the gate.
 
-Both need the elastic model to run, so it is attached here and detached again. Knows the order of the steps and how
+All need the elastic model to run, so it is attached here and detached again. Knows the order of the steps and how
 they resume, not how they work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from ..experts.shadow import GROUP, make_shadow
 from ..gates import Gate
 from .climb import choose_rungs
 from .compensate import budgets_to_fit, fit_compensation
+from .finetune import finetune
 from .layer_budgets import choose_layer_budgets
 from .recipe import Recipe
 from .share import choose_strength, fit_thresholds
@@ -53,6 +55,7 @@ def skips_neurons(recipe: Recipe, layers: list[ExpertLayer], gate: Gate) -> bool
 def tune(
     model: PreTrainedModel,
     windows: Tensor,
+    training: Tensor | None,
     elastic: ElasticConfig,
     tensors: dict[str, Tensor],
     recipe: Recipe,
@@ -65,13 +68,14 @@ def tune(
     Args:
         model: permuted, stock otherwise; it is stock again on return.
         windows: calibration tokens.
+        training: tokens for finetuning, where the recipe asks for it.
         elastic: what is known so far.
         tensors: by checkpoint name; compensation is added, scales that nothing reads are taken out.
         recipe: what to do.
         skip: whether budgets skip neurons.
         work: where finished steps are kept.
-        tell: called with (stage, steps done, in all); stages "spend", "compensate", "thresholds", "sharing" and
-            "layer budgets".
+        tell: called with (stage, steps done, in all); stages "spend", "compensate", "finetune", "thresholds", "sharing"
+            and "layer budgets".
 
     Returns:
         ``elastic`` with its plan.
@@ -83,7 +87,7 @@ def tune(
             for name, value in make_shadow(layer.module).tensors().items():
                 tensors[f"{layer.name}.{name}"] = value
     measured, shared = recipe.layer_budgets == "measured", recipe.token_budgets == "shared"
-    if skip or fitted or measured or shared:
+    if skip or fitted or measured or shared or training is not None:
         implementation: str = model.config._experts_implementation
         dial = attach(model, elastic, tensors)
         try:
@@ -114,6 +118,9 @@ def tune(
                 if isinstance(state.compensation, FittedRecalibration):
                     tensors[f"{layer.name}.{COMPENSATION}"] = state.compensation.vectors.cpu()
             elastic = elastic.model_copy(update={"compensated": fitted})
+            if recipe.finetune is not None and training is not None:
+                report = partial(tell, "finetune")
+                tensors |= finetune(model, training, recipe.finetune, recipe.seed, work, report)
             if shared:
                 elastic = elastic.model_copy(update={"sharing": _share(model, windows, tensors, work, tell)})
             if measured:

@@ -114,14 +114,22 @@ class Workspace:
         """Settle a list."""
         self.keep_record(name, list(numbers))
 
+    def tensors(self, name: str) -> dict[str, Tensor] | None:
+        """Tensors that were settled, or the last state that was kept of what is still under way."""
+        path = self.path / f"{name}.safetensors"
+        return load_file(path) if path.exists() else None
+
+    def keep_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Settle tensors, or replace the kept state."""
+        save_tensors(self.path / f"{name}.safetensors", tensors)
+
     def vectors(self, k_active: int) -> dict[str, Tensor] | None:
         """What was fitted at a budget, by layer."""
-        path = self.path / f"compensation-{k_active}.safetensors"
-        return load_file(path) if path.exists() else None
+        return self.tensors(f"compensation-{k_active}")
 
     def keep_vectors(self, k_active: int, vectors: dict[str, Tensor]) -> None:
         """Finish a budget's fit."""
-        save_tensors(self.path / f"compensation-{k_active}.safetensors", vectors)
+        self.keep_tensors(f"compensation-{k_active}", vectors)
 
     def inherit(self, other: Path, before: str) -> None:
         """Take over what another refactoring of the same model settled before a stage; what is here already stays.

@@ -130,3 +130,25 @@ def test_a_text_that_is_not_there_ends_with_a_message(
     monkeypatch.chdir(tmp_path)
     assert frontier.main() == 2
     assert "'none.txt' does not exist" in capsys.readouterr().err
+
+
+def test_finetuning_reads_on_after_the_same_calibration_text(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("".join(f"{WORDS}{number} " for number in range(2000)))
+    name = "gate-first, compensated, finetuned"
+    how = frontier.METHODS[name] | {"finetune": {"steps": 2, "batch": 2}}
+    monkeypatch.setitem(frontier.METHODS, name, how)
+    texts = []
+    real = frontier.make_elastic
+    monkeypatch.setattr(
+        frontier, "make_elastic", lambda *a, text, **k: texts.append(Path(text).read_text()) or real(*a, text=text, **k)
+    )
+    rows = run(stock, tmp_path, monkeypatch, "--seeds", "2", "--methods", "gate-first, compensated", name)["rows"]
+    assert {row["seed"] for row in rows if row["method"] == name} == {0, 1}
+    plain, trained = texts[::2], texts[1::2]  # method by method, seed by seed
+    for calibration, longer in zip(plain, trained, strict=True):
+        assert longer.startswith(calibration)
+    rests = [longer[len(calibration) :] for calibration, longer in zip(plain, trained, strict=True)]
+    assert all(rests)
+    assert rests[0][:200] not in rests[1]

@@ -88,7 +88,7 @@ def _some_of(module: nn.Module, x: Tensor, selection: Selection, n: int, rule: N
     score = score.nan_to_num_(torch.inf, torch.inf).masked_fill_(~looked_at.view(-1, n, 1)[order], -1.0)
     by_token = torch.full((len(x) * slots, neurons), -1.0, device=x.device)
     by_token[order] = score.flatten(1)
-    hidden = hidden.flatten(1) * _kept(by_token.view(len(x), -1), rule).view(-1, neurons)[order]
+    hidden = hidden.flatten(1) * kept(by_token.view(len(x), -1), rule).view(-1, neurons)[order]
     result = torch.zeros(len(x) * slots, x.shape[1], device=x.device)
     for e, run in runs_of(runs):
         up = torch.nn.functional.linear(rows[run], gate_up(module, e, slice(None))[neurons:])
@@ -106,7 +106,7 @@ def runs_of(counts: list[int]) -> Iterator[tuple[int, slice]]:
         start += count
 
 
-def _kept(score: Tensor, rule: NeuronRule) -> Tensor:
+def kept(score: Tensor, rule: NeuronRule) -> Tensor:
     """The neurons that run, bool ``[T, S]``; a score of -1 is of a neuron that cannot."""
     if rule.count is None:
         return score > rule.threshold  # type: ignore[operator]
