@@ -21,7 +21,7 @@ from .batch_selection import choose
 from .compensation import Compensation
 from .cpu_selection import select, select_all
 from .dial import Dial
-from .executors import CpuExecutor, NeuronRule, choose_executor
+from .executors import NeuronRule, choose_executor
 from .selection import gather_selection, pooled_scores, whole_experts
 
 
@@ -80,7 +80,7 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     step = state.dial.step(len(hidden_states), hidden_states.device)
     look, neurons = (step, None) if step is None else state.dial.spend(step)
     executor = choose_executor(state.dial.executor, module, hidden_states, top_k_index.shape[1], neurons is not None)
-    if step is None and not isinstance(executor, CpuExecutor):
+    if step is None and not executor.runs_full:
         own: Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
         return own
     n, experts = state.num_sub_experts, int(module.num_experts)  # type: ignore[arg-type]
