@@ -19,12 +19,15 @@ def pack(
 
     Interrupted, the same command goes on where it stopped. Gates that compute neurons (proxy) cannot be packed.
 
-    Example: moe-prism pack olmoe-elastic olmoe-packed && moe-prism generate olmoe-packed --memory 4GB --prompt "The sea"
+    Example: moe-prism pack olmoe-elastic olmoe-packed, then
+    moe-prism generate olmoe-packed --memory 4GB --prompt "The sea was"
     """
     from ..offload import pack_checkpoint
     from .console import quiet
 
     quiet()
     with bars({"pack": "writing blocks"}) as tell:
-        layout = pack_checkpoint(checkpoint, output, verify=verify, progress=lambda done, all_: tell("pack", done, all_))
+        layout = pack_checkpoint(
+            checkpoint, output, verify=verify, progress=lambda done, all_: tell("pack", done, all_)
+        )
     out.print(f"{output}: {layout.blocks} blocks of {layout.stride / 1e6:.2f} MB", soft_wrap=True)

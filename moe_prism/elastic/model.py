@@ -41,9 +41,7 @@ NEURON_SCALE = "neuron_scale"
 COMPENSATION = "compensation"
 
 
-def attach(
-    model: nn.Module, elastic: ElasticConfig, tensors: dict[str, Tensor], *, same_weights: bool = True
-) -> Dial:
+def attach(model: nn.Module, elastic: ElasticConfig, tensors: dict[str, Tensor], *, same_weights: bool = True) -> Dial:
     """Make a loaded model elastic; its dial starts at full budget.
 
     Args:

@@ -68,7 +68,7 @@ def load_offloaded(
         verify_sums(folder, besides={BLOCKS_FILE})
     file = BlockFile(folder / BLOCKS_FILE)
     try:
-        model, elastic = _resident(folder, dtype)
+        model, elastic = load_resident(folder, dtype)
         free = memory - psutil.Process().memory_info().rss - WORKING - context * token_bytes(model)
         stride, least = file.layout.stride, elastic.full_budget
         if free < least * stride:
@@ -87,7 +87,13 @@ def load_offloaded(
 
 
 def attach_blocks(
-    model: PreTrainedModel, file: BlockFile, slots: int, *, rule: str = RULE, readers: int = READERS, read_ahead: bool = True
+    model: PreTrainedModel,
+    file: BlockFile,
+    slots: int,
+    *,
+    rule: str = RULE,
+    readers: int = READERS,
+    read_ahead: bool = True,
 ) -> Manager:
     """Let an elastic model's experts come from a block file.
 
@@ -130,7 +136,8 @@ def token_bytes(model: PreTrainedModel) -> int:
     return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
 
 
-def _resident(folder: Path, dtype: str | torch.dtype) -> tuple[PreTrainedModel, ElasticConfig]:
+def load_resident(folder: Path, dtype: str | torch.dtype) -> tuple[PreTrainedModel, ElasticConfig]:
+    """The elastic model of a packed checkpoint without its routed experts' weights, and what it says of itself."""
     config = AutoConfig.from_pretrained(folder)
     elastic = parse_elastic_config(getattr(config, CONFIG_KEY, None))
     with init_empty_weights():

@@ -104,7 +104,9 @@ class Manager:
         self._predicted: dict[int, frozenset[int]] = {}
         self._failed: dict[int, Exception] = {}
         self._closed = False
-        self._threads = [threading.Thread(target=self._read, name=f"block-reader-{i}", daemon=True) for i in range(readers)]
+        self._threads = [
+            threading.Thread(target=self._read, name=f"block-reader-{i}", daemon=True) for i in range(readers)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -142,7 +144,9 @@ class Manager:
             values: how much the gate gives each of them, any unit; the rule sees shares of their sum.
         """
         if len(blocks) > self.cache.slots:
-            raise PrismError(f"a step needs {len(blocks)} blocks at once, the cache holds {self.cache.slots}; raise --memory")
+            raise PrismError(
+                f"a step needs {len(blocks)} blocks at once, the cache holds {self.cache.slots}; raise --memory"
+            )
         total = sum(values) or 1.0
         with self._change:
             self._judge(blocks)

@@ -133,7 +133,9 @@ def _load_with_experts_on_disk(opened: ElasticCheckpoint, folder: Path) -> PreTr
 def _layout(opened: ElasticCheckpoint, layers: list[ExpertLayer]) -> BlockLayout:
     names = [layer.name for layer in layers]
     if names != opened.elastic.layers:
-        raise CheckpointError(f"the model's expert layers are {names}, the checkpoint describes {opened.elastic.layers}")
+        raise CheckpointError(
+            f"the model's expert layers are {names}, the checkpoint describes {opened.elastic.layers}"
+        )
     dtype = next(iter(layers[0].module.parameters())).dtype
     stored = next((name for name, known in DTYPES.items() if known == dtype and name != "float16"), None)
     if stored is None:
