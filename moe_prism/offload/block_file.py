@@ -25,6 +25,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import Buffer
 
 from ..errors import CheckpointError, PrismError
 
@@ -117,7 +118,7 @@ class BlockLayout(BaseModel):
         return (_PREFIX.pack(MAGIC, len(text), checksum(text)) + text).ljust(self.table_at, b"\0")
 
 
-def checksum(content: bytes | memoryview | NDArray[np.uint8]) -> int:
+def checksum(content: Buffer) -> int:
     """XXH3 of some bytes, never 0."""
     return xxhash.xxh3_64_intdigest(content) or 1
 

@@ -44,7 +44,8 @@ class Predictor:
         """
         if len(x) > FEW_TOKENS:
             return []
-        logits = torch.nn.functional.linear(x, self.layer.router.weight.to(x.dtype)).float()  # type: ignore[operator]
+        router: Tensor = self.layer.router.weight  # type: ignore[assignment]
+        logits = torch.nn.functional.linear(x, router.to(x.dtype)).float()
         weights, index = logits.softmax(dim=-1).topk(self.layer.top_k, dim=-1)
         n = self.state.num_sub_experts
         scores = self.state.gate.score(self.layer.module, self.state.on(x.device), x, index, n)
