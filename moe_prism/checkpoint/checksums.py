@@ -14,6 +14,7 @@ import json
 import os
 import re
 import struct
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -69,14 +70,14 @@ def read_sums(root: Path) -> dict[str, str]:
     return sums
 
 
-def verify_sums(root: Path) -> None:
-    """Compare every file below ``root`` with SHA256SUMS.
+def verify_sums(root: Path, besides: Collection[str] = ()) -> None:
+    """Compare every file below ``root`` with SHA256SUMS; ``besides`` names files that have checksums of their own.
 
     Raises:
         CheckpointError: names the files that are missing, truncated, altered, or not listed.
     """
     sums = read_sums(root)
-    present = set(list_files(root))
+    present = set(list_files(root)) - set(besides)
     problems = [f"{name} is missing" for name in sorted(set(sums) - present)]
     problems += [f"{name} is unexpected (not in {SUMS_FILE})" for name in sorted(present - set(sums))]
     for name in sorted(present & set(sums)):

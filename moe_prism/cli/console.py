@@ -72,3 +72,19 @@ def load_tokenizer(path: str) -> Any:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise PrismError(f"{path} has no tokenizer that can be loaded: {error}") from None
+
+
+def bytes_of(size: str) -> int:
+    """A number of bytes from "4GB", "512MB" or "1.5GiB"; raises PrismError for anything else."""
+    from ..errors import PrismError
+
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+    text = size.strip().upper()
+    unit = next((name for name in sorted(units, key=len, reverse=True) if text.endswith(name)), "")
+    try:
+        number = float(text.removesuffix(unit)) * units[unit]
+    except (ValueError, KeyError):
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise PrismError(f"a memory is a number above 0 and a unit ({', '.join(units)}), such as 4GB; got {size!r}")
+    return int(number)

@@ -19,11 +19,17 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights in memory.")] = "auto",
     verify: Annotated[bool, typer.Option(help="Compare the files with their checksums first.")] = True,
+    memory: Annotated[
+        str | None, typer.Option(help="Of the whole process, e.g. 4GB; for a checkpoint that `moe-prism pack` wrote.")
+    ] = None,
 ) -> None:
     """Continue a prompt at a budget.
 
     Example: moe-prism generate olmoe-elastic --prompt "The sea was" --k-active 9
     """
+    from .console import bytes_of
+
+    limit = None if memory is None else bytes_of(memory)
     from ..checkpoint.read import open_checkpoint
     from ..elastic.dial import Dial
 
@@ -35,13 +41,28 @@ def generate(
     from .console import compute_dtype, load_tokenizer, quiet
 
     quiet()
-    model = load_elastic(checkpoint, dtype=compute_dtype(dtype), verify=verify)
+    if limit is None:
+        model = load_elastic(checkpoint, dtype=compute_dtype(dtype), verify=verify)
+    else:
+        from ..offload import load_offloaded
+
+        model = load_offloaded(checkpoint, limit, dtype=compute_dtype(dtype), verify=verify)
     tokenizer = load_tokenizer(str(checkpoint))
     set_budget(model, chosen)
     print(prompt, end="", flush=True)
     continue_text(
         model, tokenizer, prompt, max_new_tokens, temperature, seed, TextStreamer(tokenizer, skip_prompt=True)
     )
+    if limit is not None:
+        from ..offload.load import manager_of
+        from .console import err
+
+        counted = manager_of(model).statistics
+        err.print(
+            f"blocks: {counted.hit_rate:.1%} found in memory, {counted.bytes_read / 1e9:.2f} GB read, "
+            f"{counted.stall_seconds:.2f} s waited, read ahead {counted.precision:.1%} right",
+            soft_wrap=True,
+        )
 
 
 def continue_text(

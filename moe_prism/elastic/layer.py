@@ -22,7 +22,7 @@ from .batch_selection import choose
 from .compensation import Recalibration
 from .cpu_selection import select, select_all
 from .dial import Dial, StepBudgets
-from .executors import CpuExecutor, NeuronRule, choose_executor
+from .executors import NeuronRule, choose_executor
 from .ladder import LadderPlan, run_ladder
 from .selection import gather_selection, pooled_scores, softmax_weights, whole_experts
 from .sharing import relative_scores
@@ -106,7 +106,7 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
             step = _share(state, step, scores.values.detach(), top_k_weights.detach(), valid)
     look, neurons = (step, None) if step is None else state.dial.spend(step)
     executor = choose_executor(state.dial.executor, module, hidden_states, top_k_index.shape[1], neurons is not None)
-    if step is None and not isinstance(executor, CpuExecutor):
+    if step is None and not executor.runs_full:
         own: Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
         return own
     plain = valid is None and hidden_states.device.type == "cpu"

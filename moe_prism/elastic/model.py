@@ -45,13 +45,14 @@ COMPENSATION = "compensation"
 THRESHOLDS = "thresholds"
 
 
-def attach(model: nn.Module, elastic: ElasticConfig, tensors: dict[str, Tensor]) -> Dial:
+def attach(model: nn.Module, elastic: ElasticConfig, tensors: dict[str, Tensor], *, same_weights: bool = True) -> Dial:
     """Make a loaded model elastic; its dial starts at full budget.
 
     Args:
         model: permuted weights, any floating-point dtype.
         elastic: sizes, gate and layer names.
         tensors: ``{layer}.{name}`` of every layer.
+        same_weights: check that the gate was made for these weights, which must be in memory then.
 
     Raises:
         CheckpointError: a layer is missing, or its weights are not those the gate was made for.
@@ -62,7 +63,7 @@ def attach(model: nn.Module, elastic: ElasticConfig, tensors: dict[str, Tensor])
         if name not in layers:
             raise CheckpointError(f"the model has no layer {name}, which the checkpoint describes")
         module = layers[name].module
-        if not matches(module, _tensor(tensors, f"{name}.{FINGERPRINT}")):
+        if same_weights and not matches(module, _tensor(tensors, f"{name}.{FINGERPRINT}")):
             raise CheckpointError(f"the weights of {name} are not those that its gate was made for; load the original")
         _attach_one(module, name, dial, elastic, tensors)
     if isinstance(model, PreTrainedModel):

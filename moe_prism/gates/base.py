@@ -67,11 +67,13 @@ class Gate(ABC):
     """Base of all gates; subclasses are frozen dataclasses with at least the field ``weighted``.
 
     ``weighted`` says whether selection multiplies the scores by the routing weight; ``reads_neurons`` whether
-    scoring computes neurons, whose activations then come with the scores; ``reweights`` whether the scores, a softmax
-    over the token's candidates, also replace the routing weights of what is selected.
+    scoring computes neurons, whose activations then come with the scores; ``reads_weights``
+    whether it needs the experts' weights at all; ``reweights`` whether the scores, a softmax over the token's
+    candidates, also replace the routing weights of what is selected.
     """
 
     reads_neurons: ClassVar[bool] = False
+    reads_weights: ClassVar[bool] = False
     weighted: bool
     reweights: bool = False
 

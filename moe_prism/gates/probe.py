@@ -6,6 +6,7 @@ What a neuron will do is guessed from a part of its dot products. Knows nothing 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class ProbeGate(WeightedGate):
         share: of the coordinates of x that are looked at.
     """
 
+    reads_weights: ClassVar[bool] = True
     share: float = 0.25
 
     def __post_init__(self) -> None:

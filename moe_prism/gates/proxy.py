@@ -35,6 +35,7 @@ class ProxyGate(WeightedGate):
     """
 
     reads_neurons: ClassVar[bool] = True
+    reads_weights: ClassVar[bool] = True
     gate_neurons: int = 4
     active_share: float = 0.75
 

@@ -48,9 +48,11 @@ class Executor(ABC):
 
     Attributes:
         skips_neurons: whether ``run_some`` works.
+        runs_full: whether it also takes the model's own place at full budget, or leaves that to transformers.
     """
 
     skips_neurons: ClassVar[bool] = False
+    runs_full: ClassVar[bool] = False
 
     @abstractmethod
     def refusal(self, module: nn.Module, x: Tensor) -> str | None:

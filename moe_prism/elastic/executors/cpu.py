@@ -74,6 +74,7 @@ class CpuExecutor(Executor):
     """Numba kernels on torch's number of threads."""
 
     skips_neurons: ClassVar[bool] = True
+    runs_full: ClassVar[bool] = True
 
     def refusal(self, module: nn.Module, x: Tensor) -> str | None:
         """Needs packed bfloat16 or fp32 weights in CPU memory."""

@@ -1,0 +1,9 @@
+"""A model larger than memory: sub-experts live in a block file on disk, a cache of them in memory."""
+
+from .cache import BlockCache
+from .eviction import EVICTION
+from .load import load_offloaded
+from .manager import Manager, Statistics
+from .pack import pack_checkpoint
+
+__all__ = ["EVICTION", "BlockCache", "Manager", "Statistics", "load_offloaded", "pack_checkpoint"]

@@ -1,0 +1,220 @@
+"""Run sub-experts from a block file: those in memory while the others are being read.
+
+The outputs of a layer are added up in the order of sub-experts, whichever came first, so that results do not depend
+on what was cached. Knows nothing of scores: it is given a selection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..elastic.executors import EXECUTORS, Executor, NeuronRule
+from ..elastic.executors.bias import add_gate_up_bias
+from ..elastic.kernels import add_rows, multiply_rows
+from ..elastic.selection import Selection
+from .manager import Manager, Ready
+from .predict import Predictor
+
+NAME = "offload"
+# Outputs of pairs that are in memory at once: 64 MB.
+_PAIR_FLOATS = 1 << 24
+
+
+@dataclass
+class LayerBlocks:
+    """Where one layer's sub-experts come from; attached to its module.
+
+    Attributes:
+        manager: of the whole model.
+        first: the layer's first block.
+        predictor: of the next layer's blocks, or None.
+    """
+
+    manager: Manager
+    first: int
+    predictor: Predictor | None = None
+
+    @property
+    def num_sub_experts(self) -> int:
+        """N."""
+        return self.manager.file.layout.num_sub_experts
+
+
+def blocks_of(module: nn.Module) -> LayerBlocks | None:
+    """What ``load_offloaded`` attached to a module, if anything."""
+    return module.__dict__.get("_moe_prism_blocks")
+
+
+@EXECUTORS.register(NAME)
+@dataclass(frozen=True)
+class OffloadExecutor(Executor):
+    """Reads what is not in memory; arithmetic in fp32 by the CPU kernels."""
+
+    skips_neurons: ClassVar[bool] = True
+    runs_full: ClassVar[bool] = True
+
+    def refusal(self, module: nn.Module, x: Tensor) -> str | None:
+        """Needs a model that ``load_offloaded`` made, and inputs on the CPU."""
+        if blocks_of(module) is None:
+            return "its weights are not in a block file; load a packed checkpoint with moe_prism.offload.load_offloaded"
+        return None if x.device.type == "cpu" else f"the input is on {x.device}"
+
+    def run(self, module: nn.Module, x: Tensor, selection: Selection, n: int, computed: Tensor | None = None) -> Tensor:
+        """See ``Executor.run``; ``computed`` is None, since no gate of an offloaded model reads neurons."""
+        blocks = _required(module)
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        for part in _parts(_by_sub_expert(selection, n, blocks.num_sub_experts), blocks, x.shape[1]):
+            outputs = torch.empty(len(part.pairs.token), x.shape[1])
+            for ready in part.as_they_come(x):
+                projected = ready.project(module, x)
+                hidden: Tensor = module._apply_gate(projected)  # type: ignore[operator]
+                outputs[ready.at] = ready.down(hidden * ready.pairs.weight[:, None].float())
+            out.index_add_(0, part.pairs.token, outputs)
+        return out.to(x.dtype)
+
+    def run_some(self, module: nn.Module, x: Tensor, selection: Selection, n: int, rule: NeuronRule) -> Tensor:
+        """See ``Executor.run_some``; whole blocks are read, so this saves arithmetic and no bytes.
+
+        Every block is needed twice, before and after the choice; the second time it is in memory if all of them fit.
+        """
+        blocks = _required(module)
+        size = blocks.manager.file.layout.neurons
+        hidden, score = torch.empty(2, len(selection.token), size)
+        scale = rule.scale.view(-1, size)
+        parts = list(_parts(selection, blocks, x.shape[1]))
+        for part in parts:
+            for ready in part.as_they_come(x):
+                gate, up = ready.project(module, x).chunk(2, dim=1)
+                gate = torch.nn.functional.silu(gate) * ready.pairs.weight[:, None].float()
+                at = ready.at + part.begin
+                hidden[at], score[at] = gate * up, gate.abs() * scale[ready.pairs.sub_expert]
+        hidden *= _kept(selection.token, score, rule)
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        for part in parts:
+            outputs = torch.empty(len(part.pairs.token), x.shape[1])
+            for ready in part.as_they_come(None):
+                outputs[ready.at] = ready.down(hidden[ready.at + part.begin])
+            out.index_add_(0, part.pairs.token, outputs)
+        return out.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Pairs whose blocks are in memory, grouped by block.
+
+    Attributes:
+        pairs: S of them.
+        at: int64 ``[S]``, their positions in the part.
+        starts: int64 ``[G + 1]``, where each block's pairs begin.
+        first: int64 ``[G]``, each block's first row in the cache.
+    """
+
+    blocks: LayerBlocks
+    pairs: Selection
+    at: Tensor
+    starts: NDArray[np.int64]
+    first: NDArray[np.int64]
+
+    def project(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Gate and up projections with their biases, laid out for ``_apply_gate``: fp32 ``[S, 2c]``."""
+        manager = self.blocks.manager
+        size = manager.file.layout.neurons
+        parts, count = (1, 2 * size) if manager.file.layout.interleaved else (2, size)
+        out = torch.empty(len(self.at), 2 * size)
+        tokens, token = x.float().contiguous().numpy(), self.pairs.token.numpy()
+        multiply_rows(manager.rows(), tokens, token, self.starts, self.first, parts, size, count, out.numpy())
+        return add_gate_up_bias(module, out, self.pairs, self.blocks.num_sub_experts)
+
+    def down(self, hidden: Tensor) -> Tensor:
+        """Outputs of weighted activations ``[S, c]``, pair by pair: fp32 ``[S, H]``."""
+        layout = self.blocks.manager.file.layout
+        out = torch.zeros(len(hidden), layout.hidden_size)
+        pair, first = np.arange(len(hidden)), self.first + 2 * layout.neurons
+        add_rows(self.blocks.manager.rows(), hidden.numpy(), pair, self.starts, first, layout.neurons, out.numpy())
+        return out
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Consecutive pairs whose blocks fit into the cache together.
+
+    Attributes:
+        pairs: sorted by sub-expert.
+        begin: position of the first one in the whole selection.
+        starts: int64 ``[G + 1]``, where each block's pairs begin.
+    """
+
+    blocks: LayerBlocks
+    pairs: Selection
+    begin: int
+    starts: NDArray[np.int64]
+
+    def as_they_come(self, x: Tensor | None) -> Iterator[_Group]:
+        """Groups of pairs, those in memory first; with ``x`` the next layer's blocks are read ahead meanwhile."""
+        manager, sub_expert = self.blocks.manager, self.pairs.sub_expert
+        numbers = (sub_expert[self.starts[:-1]] + self.blocks.first).tolist()
+        values = np.add.reduceat(self.pairs.weight.float().numpy(), self.starts[:-1]).tolist()
+        with manager.step(numbers, values) as step:
+            if x is not None and self.blocks.predictor is not None:
+                manager.read_ahead(self.blocks.predictor.blocks(x, len(self.pairs.token)))
+            for batch in step:
+                yield self._group(batch)
+
+    def _group(self, batch: list[Ready]) -> _Group:
+        runs = [np.arange(self.starts[ready.position], self.starts[ready.position + 1]) for ready in batch]
+        at = torch.from_numpy(np.concatenate(runs))
+        starts = np.concatenate([[0], np.cumsum([len(run) for run in runs])]).astype(np.int64)
+        first = np.array([ready.slot for ready in batch]) * self.blocks.manager.rows_per_slot
+        return _Group(self.blocks, Selection(*(values[at] for values in self.pairs)), at, starts, first)
+
+
+def _parts(selection: Selection, blocks: LayerBlocks, hidden: int) -> Iterator[_Part]:
+    """Cut a selection between blocks, so that the blocks of a part fit the cache, and its outputs into memory."""
+    sub_expert = selection.sub_expert.numpy()
+    starts = np.flatnonzero(np.diff(sub_expert, prepend=-1))
+    bounds = np.append(starts, len(sub_expert))
+    most_pairs = max(1, _PAIR_FLOATS // hidden)
+    group = 0
+    while group < len(starts):
+        last = min(group + blocks.manager.cache.slots, len(starts))
+        while last > group + 1 and bounds[last] - bounds[group] > most_pairs:
+            last = group + (last - group) // 2
+        begin, end = int(bounds[group]), int(bounds[last])
+        yield _Part(blocks, Selection(*(v[begin:end] for v in selection)), begin, bounds[group : last + 1] - begin)
+        group = last
+
+
+def _by_sub_expert(selection: Selection, n: int, parts: int) -> Selection:
+    """A selection of whole experts (n = 1) as one of all their sub-experts; others stay."""
+    if n == parts:
+        return selection
+    sub_expert = (selection.sub_expert[:, None] * parts + torch.arange(parts)).flatten()
+    order = torch.argsort(sub_expert, stable=True)
+    pair = order // parts
+    return Selection(selection.token[pair], selection.slot[pair], sub_expert[order], selection.weight[pair])
+
+
+def _kept(token: Tensor, score: Tensor, rule: NeuronRule) -> Tensor:
+    """The neurons that run, bool ``[S, c]``: a token's best over all of its pairs."""
+    if rule.count is None:
+        return score > rule.threshold  # type: ignore[operator]
+    flat = score.nan_to_num(torch.inf, torch.inf).flatten().numpy()
+    owner = token.repeat_interleave(score.shape[1]).numpy()
+    order = np.lexsort((-flat, owner))
+    begins = np.searchsorted(owner[order], np.arange(len(rule.count)))
+    rank = np.empty(len(flat), np.int64)
+    rank[order] = np.arange(len(flat)) - begins[owner[order]]
+    return torch.from_numpy(rank < rule.count.numpy()[owner]).view_as(score)
+
+
+def _required(module: nn.Module) -> LayerBlocks:
+    blocks = blocks_of(module)
+    assert blocks is not None  # refusal was asked
+    return blocks

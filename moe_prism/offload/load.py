@@ -1,0 +1,161 @@
+"""Load a packed checkpoint within a memory budget: everything but the routed experts, and a cache for those.
+
+Knows how much memory the process has taken and what a cache of keys and values will; the rest goes to blocks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ..checkpoint.checksums import verify_sums
+from ..checkpoint.schema import CONFIG_KEY, TENSORS_FILE, ElasticConfig, parse_elastic_config
+from ..elastic import attach, dial_of
+from ..elastic.budgets import elastic_layers
+from ..elastic.linear import use_fast_linear
+from ..errors import CheckpointError, PrismError
+from .block_file import BlockFile
+from .eviction import EVICTION
+from .executor import NAME, LayerBlocks, blocks_of
+from .manager import READERS, Manager
+from .pack import BLOCKS_FILE, RESIDENT_FILE, STACKED
+from .predict import Predictor
+
+RULE = "gate-aware"
+# Logits, outputs of a layer's pairs and what the allocator keeps, in bytes.
+WORKING = 160 << 20
+
+
+def load_offloaded(
+    path: str | Path,
+    memory: int,
+    *,
+    dtype: str | torch.dtype = "auto",
+    rule: str = RULE,
+    readers: int = READERS,
+    read_ahead: bool = True,
+    context: int = 4096,
+    verify: bool = True,
+) -> PreTrainedModel:
+    """Load what ``moe-prism pack`` wrote; the model generates like one from ``load_elastic``.
+
+    Args:
+        path: packed checkpoint.
+        memory: bytes for the whole process: interpreter and libraries, weights, keys and values of ``context`` tokens,
+            working memory, blocks.
+        dtype: of the resident weights; "auto" keeps the stored one. Blocks stay as stored.
+        rule: which block is evicted: gate-aware, lfu-decay, lru.
+        readers: threads that read blocks.
+        read_ahead: read what the next layer will probably want.
+        context: tokens that ``memory`` has room for.
+        verify: compare all files but the block file with their checksums; every block is checked when it is read.
+
+    Raises:
+        CheckpointError: not a packed checkpoint, or an altered one.
+        PrismError: the memory is too small; the message states the least that works.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / BLOCKS_FILE).is_file():
+        raise CheckpointError(f"{folder} is not a packed checkpoint: run `moe-prism pack CKPT OUT` and load OUT")
+    if verify:
+        verify_sums(folder, besides={BLOCKS_FILE})
+    file = BlockFile(folder / BLOCKS_FILE)
+    try:
+        model, elastic = load_resident(folder, dtype)
+        free = memory - psutil.Process().memory_info().rss - WORKING - context * token_bytes(model)
+        stride, least = file.layout.stride, elastic.full_budget
+        if free < least * stride:
+            needed = memory + least * stride - free
+            raise PrismError(
+                f"a memory of {memory / 1e9:.2f} GB is too small: with {context} tokens of context it takes "
+                f"{needed / 1e9:.2f} GB to hold the {least} sub-experts of one token in one layer; raise --memory"
+            )
+        slots = min(free // stride, file.layout.blocks)
+        attach_blocks(model, file, int(slots), rule=rule, readers=readers, read_ahead=read_ahead)
+    except BaseException:
+        file.close()
+        raise
+    use_fast_linear(model)
+    return model
+
+
+def attach_blocks(
+    model: PreTrainedModel,
+    file: BlockFile,
+    slots: int,
+    *,
+    rule: str = RULE,
+    readers: int = READERS,
+    read_ahead: bool = True,
+) -> Manager:
+    """Let an elastic model's experts come from a block file.
+
+    Args:
+        model: with state attached; the weights of its experts are not used.
+        file: of the same checkpoint; it is closed with the manager.
+        slots: blocks that are in memory at most.
+        rule: name of the eviction rule.
+        readers: threads that read blocks.
+        read_ahead: read what the next layer will probably want.
+    """
+    layers = elastic_layers(model)
+    names = [layer.name for layer, _ in layers]
+    if names != file.layout.layers:
+        raise CheckpointError(f"block file {file.path} is of the layers {file.layout.layers}, the model has {names}")
+    manager = Manager(file, slots, EVICTION.create(rule), readers)
+    per_layer = file.layout.per_layer
+    for number, (layer, _) in enumerate(layers):
+        following = layers[number + 1] if read_ahead and number + 1 < len(layers) else None
+        predictor = None if following is None else Predictor(*following, (number + 1) * per_layer)
+        layer.module.__dict__["_moe_prism_blocks"] = LayerBlocks(manager, number * per_layer, predictor)
+    dial_of(model).executor = NAME
+    return manager
+
+
+def manager_of(model: nn.Module) -> Manager:
+    """The manager of an offloaded model; raises PrismError for any other."""
+    blocks = blocks_of(elastic_layers(model)[0][0].module)
+    if blocks is None:
+        raise PrismError("the model is in memory; load a packed checkpoint with moe_prism.offload.load_offloaded")
+    return blocks.manager
+
+
+def token_bytes(model: PreTrainedModel) -> int:
+    """Bytes of one token's keys and values, at most: as many heads for keys and values as the family keeps."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = max(width, getattr(config, "qk_head_dim", 0) or 0)
+    return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
+
+
+def load_resident(folder: Path, dtype: str | torch.dtype) -> tuple[PreTrainedModel, ElasticConfig]:
+    """The elastic model of a packed checkpoint without its routed experts' weights, and what it says of itself."""
+    config = AutoConfig.from_pretrained(folder)
+    elastic = parse_elastic_config(getattr(config, CONFIG_KEY, None))
+    with init_empty_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    try:
+        weights = load_file(folder / RESIDENT_FILE)
+        tensors = load_file(folder / TENSORS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is incomplete or altered ({error}); pack the checkpoint again") from None
+    if dtype != "auto":
+        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        weights = {name: w.to(kind) if w.is_floating_point() else w for name, w in weights.items()}
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    left = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    wrong = sorted(set(left) - {f"{layer}.{name}" for layer in elastic.layers for name in STACKED})
+    if wrong:
+        raise CheckpointError(f"{folder / RESIDENT_FILE} has no {', '.join(wrong)}; pack the checkpoint again")
+    model.eval().requires_grad_(False)
+    attach(model, elastic, tensors, same_weights=False)
+    return model, elastic

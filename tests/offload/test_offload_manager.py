@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packing import block_file, content
+
+from moe_prism.errors import CheckpointError, PrismError
+from moe_prism.offload.block_file import BlockFile
+from moe_prism.offload.eviction import EVICTION, Belady, LeastRecentlyUsed
+from moe_prism.offload.manager import Manager
+
+
+def take(manager: Manager, blocks: list[int]) -> dict[int, bytes]:
+    """Run a step; what every block held when it was ready."""
+    stride, found = manager.file.layout.stride, {}
+    with manager.step(blocks, [1.0] * len(blocks)) as step:
+        for batch in step:
+            for ready in batch:
+                rows = manager.rows()[ready.slot * manager.rows_per_slot : (ready.slot + 1) * manager.rows_per_slot]
+                found[blocks[ready.position]] = rows.tobytes()
+                assert len(rows.tobytes()) == stride
+    return found
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_every_step_gets_its_blocks_whatever_was_cached_or_read_ahead(tmp_path_factory, data) -> None:
+    path = tmp_path_factory.mktemp("blocks") / "blocks"
+    layout = block_file(path)
+    rule = data.draw(st.sampled_from(["lru", "lfu-decay", "gate-aware"]))
+    slots, readers = data.draw(st.integers(2, 10)), data.draw(st.integers(1, 4))
+    with Manager(BlockFile(path), slots, EVICTION.create(rule), readers) as manager:
+        required = 0
+        for _ in range(data.draw(st.integers(1, 12))):
+            layer = data.draw(st.integers(0, 1)) * layout.per_layer
+            inside = st.integers(layer, layer + layout.per_layer - 1)
+            wanted = data.draw(st.lists(inside, unique=True, min_size=1, max_size=min(slots, layout.per_layer)))
+            if data.draw(st.booleans()):
+                manager.read_ahead(data.draw(st.lists(inside, max_size=8)))
+            assert take(manager, wanted) == {block: content(path, layout, block) for block in wanted}
+            required += len(wanted)
+            assert not manager.cache.held
+            assert len(set(manager.cache.place.values())) == len(manager.cache.place) <= slots
+        counted = manager.statistics
+        assert counted.hits + counted.misses == required
+        assert counted.bytes_read == counted.blocks_read * layout.stride
+        assert 0 <= counted.precision <= 1
+        assert 0 <= counted.recall <= 1
+
+
+def test_a_block_in_use_is_never_evicted(tmp_path) -> None:
+    layout = block_file(tmp_path / "blocks")
+    with Manager(BlockFile(tmp_path / "blocks"), 2, LeastRecentlyUsed()) as manager:
+        with manager.step([0, 1], [1.0, 1.0]) as step:
+            batch = next(iter(step))
+            manager.read_ahead(range(layout.per_layer, layout.per_layer + 4))
+            time.sleep(0.05)
+            assert set(manager.cache.place) == {0, 1} or len(batch) == 1
+        assert take(manager, [5, 6]).keys() == {5, 6}
+        with pytest.raises(PrismError, match=r"needs 3 blocks at once, the cache holds 2"):
+            manager.step([0, 1, 2], [1.0] * 3)
+
+
+def test_belady_never_misses_more_than_any_other_rule() -> None:
+    """Against brute force over all choices of victims, on short random traces."""
+
+    def fewest(trace: tuple[int, ...], held: frozenset[int], slots: int) -> int:
+        if not trace:
+            return 0
+        block, rest = trace[0], trace[1:]
+        if block in held:
+            return fewest(rest, held, slots)
+        if len(held) < slots:
+            return 1 + fewest(rest, held | {block}, slots)
+        return 1 + min(fewest(rest, held - {out} | {block}, slots) for out in held)
+
+    from moe_prism.offload.cache import BlockCache
+
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        trace = rng.integers(0, 5, 9).tolist()
+        cache = BlockCache(2, Belady(trace))
+        misses = 0
+        for block in trace:
+            cache.rule.used(block, 1.0)
+            if not cache.ready(block):
+                misses += 1
+                assert cache.admit(block) is not None
+                cache.arrived(block)
+        assert misses == fewest(tuple(trace), frozenset(), 2)
+
+
+def test_reads_ahead_are_counted_and_those_nobody_needs_are_forgotten(tmp_path) -> None:
+    block_file(tmp_path / "blocks")
+    with Manager(BlockFile(tmp_path / "blocks"), 6, LeastRecentlyUsed()) as manager:
+        manager.read_ahead([0, 1, 2])
+        while manager.statistics.blocks_read < 3:
+            time.sleep(0.001)
+        take(manager, [1, 2, 3])
+        counted = manager.statistics
+        assert (counted.hits, counted.misses) == (2, 1)
+        assert (counted.predicted, counted.predicted_right, counted.foreseeable) == (3, 2, 3)
+        assert counted.precision == pytest.approx(2 / 3)
+
+
+class Faulty(BlockFile):
+    """Fails to read given blocks, a given number of times."""
+
+    def __init__(self, path, failures: dict[int, int]) -> None:
+        super().__init__(path)
+        self.failures = failures
+
+    def _read(self, block: int, into: memoryview) -> None:
+        if self.failures.get(block, 0) > 0:
+            self.failures[block] -= 1
+            raise OSError("injected")
+        super()._read(block, into)
+
+
+@pytest.mark.parametrize("block", range(16))
+def test_a_failed_read_is_repeated_once_then_raised_and_the_manager_goes_on(block: int, tmp_path) -> None:
+    path = tmp_path / "blocks"
+    layout = block_file(path)
+    layer = block // layout.per_layer * layout.per_layer
+    wanted = list(range(layer, layer + layout.per_layer))
+    with Manager(Faulty(path, {block: 1}), 8, LeastRecentlyUsed()) as manager:
+        assert take(manager, wanted)[block] == content(path, layout, block)
+    with Manager(Faulty(path, {block: 2}), 8, LeastRecentlyUsed()) as manager:
+        with pytest.raises(CheckpointError, match=rf"{path} at offset {layout.offset(block)} .*failed twice: injected"):
+            take(manager, wanted)
+        assert not manager.cache.held
+        assert take(manager, wanted) == {b: content(path, layout, b) for b in wanted}
+
+
+def test_an_altered_block_is_named_and_never_used(tmp_path) -> None:
+    path = tmp_path / "blocks"
+    layout = block_file(path)
+    with path.open("r+b") as file:
+        file.seek(layout.offset(5) + 7)
+        file.write(b"x")
+    with Manager(BlockFile(path), 8, LeastRecentlyUsed()) as manager:
+        with pytest.raises(CheckpointError, match=r"layer0, expert 2, sub-expert 1.*not what was written"):
+            take(manager, [4, 5])
+        assert take(manager, [4, 6]).keys() == {4, 6}
+
+
+def test_a_file_truncated_under_a_running_process_is_an_error_not_garbage(tmp_path) -> None:
+    path = tmp_path / "blocks"
+    layout = block_file(path)
+    with Manager(BlockFile(path), 8, LeastRecentlyUsed()) as manager:
+        take(manager, [0])
+        with path.open("r+b") as file:
+            file.truncate(layout.offset(9))
+        assert take(manager, [0, 1]).keys() == {0, 1}
+        with pytest.raises(CheckpointError, match="failed twice: the file ends at"):
+            take(manager, [10])
+        path.unlink()  # deleted: the open file stays readable
+        assert take(manager, [8]).keys() == {8}
+
+
+def test_an_interrupted_step_lets_go_of_its_blocks(tmp_path) -> None:
+    block_file(tmp_path / "blocks")
+    with Manager(BlockFile(tmp_path / "blocks"), 8, LeastRecentlyUsed()) as manager:
+
+        def interrupted() -> None:
+            with manager.step([0, 1, 2], [1.0] * 3) as step:
+                for _ in step:
+                    raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert not manager.cache.held
+        assert take(manager, [0, 1, 2, 3]).keys() == {0, 1, 2, 3}
+
+
+def test_two_managers_share_one_file(tmp_path) -> None:
+    path = tmp_path / "blocks"
+    layout = block_file(path)
+    results: list[dict[int, bytes]] = []
+
+    def work() -> None:
+        with Manager(BlockFile(path), 3, LeastRecentlyUsed()) as manager:
+            for block in list(range(8)) * 3:
+                results.append(take(manager, [block]))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 48
+    assert all(found == {b: content(path, layout, b) for b in found} for found in results)
