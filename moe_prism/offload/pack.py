@@ -48,15 +48,15 @@ def pack_checkpoint(
         progress: called with (blocks done, in all).
 
     Raises:
-        PrismError: ``out`` is taken, another process is packing to it, no disk space, the gate reads weights (they are not
-            in memory), or the recipe makes a copy of few bits.
+        PrismError: ``out`` is taken, another process is packing to it, no disk space, the gate reads
+            weights (they are not in memory), or the recipe makes a copy of few bits.
         CheckpointError: not an elastic checkpoint, or an altered one.
     """
     opened = open_checkpoint(checkpoint, verify=verify)
     if GATES.get(opened.elastic.gate).reads_weights:
         raise PrismError(
-            f"gate {opened.elastic.gate!r} reads experts' weights to score them, and an offloaded model has them on disk; "
-            "refactor with gate: static or gate: linear"
+            f"gate {opened.elastic.gate!r} reads experts' weights to score them, and an offloaded model has them on "
+            "disk; refactor with gate: static or gate: linear"
         )
     if opened.elastic.ladder is not None:
         raise PrismError("a ladder's copy of few bits stays in memory whole; refactor with shadow_bits: 0 to offload")
