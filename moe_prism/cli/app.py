@@ -11,6 +11,7 @@ from .inspect import inspect
 from .pack import pack
 from .refactor import refactor
 from .restore import restore
+from .simulate import simulate
 from .sweep import sweep
 
 app = typer.Typer(
@@ -21,5 +22,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (refactor, sweep, generate, inspect, restore, export, pack, demo):
+for command in (refactor, sweep, generate, inspect, restore, export, pack, demo, simulate):
     app.command(no_args_is_help=command is not demo)(command)
