@@ -57,8 +57,8 @@ class Runner:
         self.forward(np.zeros(1, np.int64), [Span(0, 1, 0, 0)], [self.dial.full_budget], [0])
         if len(self.memory.layers) != config.num_hidden_layers:
             raise UnsupportedModelError(
-                f"{config.model_type}: {len(self.memory.layers)} of {config.num_hidden_layers} layers use the attention "
-                "interface of transformers, the engine needs all; use transformers' generate"
+                f"{config.model_type}: {len(self.memory.layers)} of {config.num_hidden_layers} layers use the "
+                "attention interface of transformers, the engine needs all; use transformers' generate"
             )
 
     @torch.inference_mode()
