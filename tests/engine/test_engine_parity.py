@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_drive import alone, drain, engine_of, generation, tokens_of
-from making import elastic_model
+from making import elastic_model, recipe
 from tiny import FAMILIES, tokens
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moe_prism.elastic import full_budget
+from moe_prism.elastic import attach, full_budget
 from moe_prism.engine import TokenEvent
+from moe_prism.refactor import refactor_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,9 @@ def prompts(lengths: list[int], vocabulary: int = 96) -> list[list[int]]:
     return [tokens(1, length, seed, vocabulary)[0].tolist() for seed, length in enumerate(lengths)]
 
 
-def assert_parity(model: PreTrainedModel, given: list[list[int]], count: int, budgets: list[int], **limits: Any) -> None:
+def assert_parity(
+    model: PreTrainedModel, given: list[list[int]], count: int, budgets: list[int], **limits: Any
+) -> None:
     engine = engine_of(model, **limits)
     for number, (prompt, k) in enumerate(zip(given, budgets, strict=True)):
         engine.submit(generation(str(number), prompt, count, k))
@@ -68,31 +70,17 @@ def test_sliding_windows(family: str, tmp_path: Path) -> None:
     assert_parity(model, prompts([3, 13, 8]), 6, [2, 3, 1], max_prefill=5)
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PreTrainedModel]:
-    from transformers import AutoModelForCausalLM
+def test_neurons_within_sub_experts(tmp_path: Path) -> None:
+    model = elastic_model("olmoe", tmp_path, neurons="gate-first")
+    assert_parity(model, prompts([5, 12, 7]), 6, [2, 16, 5], max_prefill=8)
 
-    from moe_prism import Recipe
-    from moe_prism.elastic import attach
-    from moe_prism.refactor import refactor_model
 
+def test_reference_model(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(ROOT / "models/reference", dtype=torch.float32).eval()
-    settings = {
-        "num_sub_experts": 4,
-        "solver": "importance",
-        "gate": "static",
-        "neurons": "gate-first",
-        "calibration_tokens": 512,
-        "context": 128,
-    }
-    done, work = refactor_model(model, None, Recipe.of(settings), tmp_path_factory.mktemp("reference") / "out")
+    done, work = refactor_model(model, None, recipe(context=128), tmp_path / "out")
     work.remove()
     attach(model, done.elastic, done.tensors)
-    yield model
-
-
-def test_reference_model(reference: PreTrainedModel) -> None:
-    assert_parity(reference, prompts([70, 12, 33, 1], 4096), 12, [16, 4, 9, 1], max_prefill=40, memory_tokens=300)
+    assert_parity(model, prompts([70, 12, 33, 1], 4096), 12, [16, 4, 9, 1], max_prefill=40, memory_tokens=300)
 
 
 def test_generate_works_beside_an_engine(tmp_path: Path) -> None:
@@ -103,5 +91,3 @@ def test_generate_works_beside_an_engine(tmp_path: Path) -> None:
     engine.step()
     assert alone(model, prompts([6])[0], 5, 2) == before
     assert tokens_of(drain(engine)["a"]) == alone(model, prompts([9])[0], 8, 3)[0][1:]
-
-
