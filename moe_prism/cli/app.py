@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .bench import bench
 from .demo import demo
 from .export import export
 from .generate import generate
@@ -11,6 +12,7 @@ from .inspect import inspect
 from .profile_cost import profile_cost
 from .refactor import refactor
 from .restore import restore
+from .simulate import simulate
 from .sweep import sweep
 
 app = typer.Typer(
@@ -21,5 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (refactor, sweep, profile_cost, generate, inspect, restore, export, demo):
+for command in (refactor, sweep, profile_cost, generate, inspect, restore, export, demo, simulate):
     app.command(no_args_is_help=command is not demo)(command)
+app.add_typer(bench, name="bench")
