@@ -70,8 +70,8 @@ def run_simulation(
     Raises:
         PrismError: no cost model, an unreadable or damaged file, or an impossible value; before anything runs.
     """
-    cost = _cost(scenario)
-    points = _points(scenario)
+    cost = cost_of(scenario)
+    points = points_of(scenario)
     if points is not None and points.full_budget != cost.full_budget:
         raise PrismError(
             f"the operating points are of a model with full budget {points.full_budget}, the cost model of one with "
@@ -79,8 +79,8 @@ def run_simulation(
         )
     limits = Limits(cost.full_budget, scenario.max_running, scenario.memory_tokens, scenario.max_prefill)
     admission = Admission(cost, limits, scenario.hopeless)
-    policies = _policies(scenario, cost)
-    plan = _plan(scenario, cost.full_budget)
+    policies = policies_of(scenario, cost)
+    plan = plan_of(scenario, cost.full_budget)
     loads = offered(plan, cost, admission, scenario.replicas)
     options: dict[str, Any] = {"replicas": scenario.replicas, "lanes": scenario.lanes, "repeat": scenario.repeat}
     figures = compare(loads, policies, cost, admission, kl=kl_of(points), progress=progress, **options)
@@ -98,14 +98,16 @@ def run_simulation(
     return results(about, loads, figures, cost, simulated=True, context=context), cost
 
 
-def _cost(scenario: Scenario) -> CostModel:
+def cost_of(scenario: Scenario) -> CostModel:
+    """The cost model that was named, wherever it was measured."""
     source = scenario.cost or scenario.checkpoint
     if source is None:
         raise PrismError("a simulation needs a cost model: name a checkpoint that has one, or a file with --cost")
     return read_cost_model(source)
 
 
-def _points(scenario: Scenario) -> OperatingPoints | None:
+def points_of(scenario: Scenario) -> OperatingPoints | None:
+    """The measured quality that was named, if any."""
     if scenario.points is not None:
         try:
             return parse_operating_points(scenario.points.read_bytes())
@@ -116,12 +118,13 @@ def _points(scenario: Scenario) -> OperatingPoints | None:
     return None
 
 
-def _policies(scenario: Scenario, cost: CostModel) -> dict[str, Policy]:
+def policies_of(scenario: Scenario, cost: CostModel) -> dict[str, Policy]:
     """Objectives of the workload are those of its requests, so policies keep their own defaults."""
     return {name: POLICIES.create(name, {"cost": cost}) for name in scenario.policies or sorted(POLICIES)}
 
 
-def _plan(scenario: Scenario, full_budget: int) -> Plan:
+def plan_of(scenario: Scenario, full_budget: int) -> Plan:
+    """The workloads, before they are scaled to a capacity."""
     mix = Mix(full_budget, *scenario.floors, scenario.ttft_ms, scenario.tpot_ms)
     trace = None
     if scenario.trace is not None:

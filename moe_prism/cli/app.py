@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import typer
 
+from .bench import bench
 from .demo import demo
 from .export import export
 from .generate import generate
 from .inspect import inspect
 from .pack import pack
+from .profile_cost import profile_cost
 from .refactor import refactor
 from .restore import restore
 from .simulate import simulate
@@ -22,5 +24,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (refactor, sweep, generate, inspect, restore, export, pack, demo, simulate):
+for command in (
+    refactor,
+    sweep,
+    profile_cost,
+    generate,
+    inspect,
+    restore,
+    export,
+    pack,
+    demo,
+    simulate,
+):
     app.command(no_args_is_help=command is not demo)(command)
+app.add_typer(bench, name="bench")
