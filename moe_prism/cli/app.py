@@ -10,6 +10,7 @@ from .generate import generate
 from .inspect import inspect
 from .refactor import refactor
 from .restore import restore
+from .serve import serve
 from .sweep import sweep
 
 app = typer.Typer(
@@ -20,5 +21,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (refactor, sweep, generate, inspect, restore, export, demo):
+for command in (refactor, sweep, generate, serve, inspect, restore, export, demo):
     app.command(no_args_is_help=command is not demo)(command)

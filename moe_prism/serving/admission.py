@@ -151,7 +151,7 @@ def budgets(model: ServedModel, quality: Quality) -> tuple[int, int]:
     full = model.full_budget
     for name in ("k_min", "k_active"):
         value = getattr(quality, name)
-        if value is not None and value > full:
+        if value is not None and not 1 <= value <= full:
             raise ApiError(
                 400, f"vllm_xargs.{name} must be from 1 to {full} (full budget), got {value}", param=f"vllm_xargs.{name}"
             )

@@ -5,11 +5,12 @@ Knows nothing of sockets, signals or of how the engine was made.
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -24,7 +25,11 @@ from .generate import Answering
 from .guard import Guard
 from .metrics import Metrics
 from .web import page_html
-from .schema import ChatRequest, CompletionRequest
+from .schema import ChatRequest, CompletionRequest, allowed
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_LONG_BODY = 1 << 15
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 # Nothing from elsewhere: also if a model's output found its way into the page's markup.
@@ -93,6 +98,13 @@ class Status(BaseModel):
     status: str
 
 
+async def beside(request: Request, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """The result of ``work``; on another thread if the body is so long that tokenising it would hold up the others."""
+    if int(request.headers.get("content-length", _LONG_BODY)) < _LONG_BODY:
+        return work(*args, **kwargs)
+    return await asyncio.to_thread(work, *args, **kwargs)
+
+
 def create_app(model: ServedModel, engine: Engine, limits: ServerLimits) -> FastAPI:
     """The ASGI application; ``app.state.bridge`` is its bridge to the engine."""
     metrics = Metrics(model.name, model.full_budget)
@@ -113,17 +125,19 @@ def create_app(model: ServedModel, engine: Engine, limits: ServerLimits) -> Fast
     )  # fmt: skip
     app.state.bridge = bridge
     app.add_middleware(Guard, api_key=limits.api_key, max_body=limits.max_body)
-    install(app)
+    install(app, allowed)
 
     stream: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
     @app.post("/v1/completions", responses=stream, response_class=JSONResponse)
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        return await answering.answer(request, completion_job(model, body, time.monotonic()), body)
+        job = await beside(request, completion_job, model, body, time.monotonic())
+        return await answering.answer(request, job, body)
 
     @app.post("/v1/chat/completions", responses=stream, response_class=JSONResponse)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        return await answering.answer(request, chat_job(model, body, time.monotonic()), body)
+        job = await beside(request, chat_job, model, body, time.monotonic())
+        return await answering.answer(request, job, body)
 
     card = ModelCard(
         id=model.name,

@@ -64,7 +64,7 @@ class Bridge:
         self._empty = asyncio.Event()
         self._empty.set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        metrics.watch(self._running, self._waiting, lambda: engine.stats.cache_use)
+        metrics.watch(self._running, self._waiting, lambda: engine.stats.cache_use if self._open else 0.0)
 
     def start(self) -> None:
         """Start the engine's thread; call it on the running event loop."""
@@ -140,7 +140,9 @@ class Bridge:
             self._end(name, reason, None)
 
     def _run(self) -> None:
+        plan = None
         while not self._stop:
+            began = time.monotonic()
             try:
                 events = self.engine.step()
             except Exception as error:
@@ -148,18 +150,26 @@ class Bridge:
                 self._loop.call_soon_threadsafe(self._fail, f"the engine failed on this step: {error}")
                 time.sleep(0.01)  # a fault that stays must not eat a core
                 continue
-            if events:
-                self._loop.call_soon_threadsafe(self._deliver, events, time.monotonic())
+            before, plan = plan, self.engine.stats.plan
+            admitted = plan.admit if plan is not None and plan is not before else ()
+            if events or admitted:
+                self._loop.call_soon_threadsafe(self._deliver, events, admitted, began, time.monotonic())
             else:
                 self.engine.wait(_IDLE_SECONDS)
 
-    def _deliver(self, events: Sequence[Event], now: float) -> None:
+    def _deliver(self, events: Sequence[Event], admitted: Sequence[str], began: float, now: float) -> None:
+        for name in admitted:
+            if name in self._open:
+                self._metrics.admitted(began - self._open[name][0].request.arrival)
+        if any(isinstance(event, FailedEvent) for event in events):
+            self._metrics.step_failed()
         for event in events:
             found = self._open.get(event.id)
             if found is None:
                 continue  # cancelled while the step ran
             track, mailbox = found
             if isinstance(event, FailedEvent):
+                logger.error("request %s failed: %s", event.id, event.error)
                 self._end(event.id, "error", event)
                 continue
             self._metrics.token(track, event.budget, now)

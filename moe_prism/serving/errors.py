@@ -6,7 +6,7 @@ Knows nothing of engines or of what a request asks for.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -77,27 +77,43 @@ def _type(status: int) -> str:
     return "server_error" if status >= 500 else "invalid_request_error"
 
 
-def of_validation(errors: Sequence[Any]) -> ApiError:
-    """The first of pydantic's errors, with the field's path as ``param``."""
+def of_validation(errors: Sequence[Any], allowed: Callable[[str], str]) -> ApiError:
+    """The first of pydantic's errors.
+
+    Args:
+        errors: as pydantic lists them.
+        allowed: name of a field -> what it may be, or "".
+    """
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    path = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(path) or None
+    # names of a union's branches look like "list[...]" and "constrained-str"
+    path = [str(part) for part in first["loc"] if part != "body" and str(part).replace("_", "").isalnum()]
+    field = next((part for part in reversed(path) if not part.isdigit()), None)
+    param = None if field is None else ".".join(path[: path.index(field) + 1])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown field; leave it out (docs/serving.md lists the fields)"
-    elif first["type"] != "missing" and isinstance(first.get("input"), str | int | float | bool | None):
-        message = f"{message}, got {str(first['input'])[:100]!r}"
+    elif first["type"] == "missing":
+        message = "this field is needed"
+    else:
+        message = allowed(field or "") or message
+        if isinstance(first.get("input"), str | int | float | None):
+            message = f"{message}; got {str(first['input'])[:100]!r}"
     return ApiError(400, f"{param or 'body'}: {message}", param=param)
 
 
-def install(app: FastAPI) -> None:
-    """Answer every exception of the application's routes in OpenAI's shape."""
+def install(app: FastAPI, allowed: Callable[[str], str]) -> None:
+    """Answer every exception of the application's routes in OpenAI's shape.
+
+    Args:
+        app: the application.
+        allowed: name of a field -> what it may be, or "".
+    """
 
     @app.exception_handler(RequestValidationError)
     async def _validation(_: Request, error: RequestValidationError) -> JSONResponse:
-        return of_validation(error.errors()).response()
+        return of_validation(error.errors(), allowed).response()
 
     @app.exception_handler(PrismError)
     async def _prism(_: Request, error: PrismError) -> JSONResponse:

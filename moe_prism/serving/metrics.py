@@ -61,7 +61,7 @@ class Metrics:
         self._prompt = self._make(Counter, "prompt_tokens", "Prompt tokens of accepted requests.")
         self._generated = self._make(Counter, "generation_tokens", "Generated tokens.")
         self._violations = self._make(Counter, "floor_violations", "Tokens run below their request's floor; stays 0.")
-        self._failures = self._make(Counter, "failed_steps", "Engine steps that failed.")
+        self._failures = self._make(Counter, "failed_steps", "Engine steps in which a request failed.")
         self._rejected = self._make(Counter, "rejected_requests", "Requests answered 429 or 503.")
         self._ttft = self._histogram("time_to_first_token_seconds", "Time from arrival to the first token.")
         self._gap = self._histogram("inter_token_latency_seconds", "Time between two tokens of a request.")
@@ -117,7 +117,7 @@ class Metrics:
         self._rejected.inc()
 
     def step_failed(self) -> None:
-        """The engine raised."""
+        """A step failed, as a whole or for some of its requests."""
         self._failures.inc()
 
     def token(self, track: Track, budget: int, now: float) -> None:

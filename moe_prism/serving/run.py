@@ -6,7 +6,8 @@ Knows nothing of requests.
 from __future__ import annotations
 
 import asyncio
-import signal
+import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -19,7 +20,7 @@ from .bridge import Bridge
 class DrainingServer(uvicorn.Server):
     """On SIGTERM or SIGINT it goes on listening, answers new requests 503, and ends when the running ones have.
 
-    A second signal ends it at once.
+    A second signal does not wait for them.
     """
 
     def __init__(self, config: uvicorn.Config, bridge: Bridge, drain_seconds: float) -> None:
@@ -46,24 +47,33 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def run(app: FastAPI, host: str, port: int, drain_seconds: float) -> None:
-    """Serve until a signal ends it.
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens as soon as the server runs; before, connections are refused.
 
     Raises:
         PrismError: the address cannot be had.
     """
-    config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=5, server_header=False
-    )
     try:
-        socket = config.bind_socket()
-    except SystemExit:
-        raise PrismError(f"cannot listen on {host}:{port}; is it taken? Name another with --host and --port") from None
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        taken = socket.socket(family, kind)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+    except OSError as error:
+        raise PrismError(f"cannot listen on {host}:{port} ({error}); name another with --host and --port") from None
+    return taken
+
+
+def run(app: FastAPI, taken: socket.socket, drain_seconds: float, ready: Callable[[], None]) -> None:
+    """Serve until a signal ends it; ``ready`` is called once requests are taken."""
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5)
     server = DrainingServer(config, app.state.bridge, drain_seconds)
-    # uvicorn raises the signal again once it has ended; that it was obeyed is not a failure
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN), signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        server.run(sockets=[socket])
-    finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
+
+    async def serve() -> None:
+        serving = asyncio.create_task(server.serve([taken]))
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        if server.started:
+            ready()
+        await serving
+
+    asyncio.run(serve())

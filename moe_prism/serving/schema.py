@@ -24,8 +24,13 @@ class _Body(BaseModel):
 class Quality(_Body):
     """``vllm_xargs``: what the request asks of quality and speed."""
 
-    k_min: int | None = Field(default=None, ge=1, description="Quality floor: sub-experts a token runs at least.")
-    k_active: int | None = Field(default=None, ge=1, description="The most that is wanted; alone, also the floor.")
+    # Their range depends on the model: see admission.
+    k_min: int | None = Field(
+        default=None, description="Quality floor: sub-experts a token runs at least.", json_schema_extra={"minimum": 1}
+    )
+    k_active: int | None = Field(
+        default=None, description="The most that is wanted; alone, also the floor.", json_schema_extra={"minimum": 1}
+    )
     ttft_ms: float | None = Field(default=None, gt=0, le=1e7, description="Wanted time to first token, milliseconds.")
     tpot_ms: float | None = Field(default=None, gt=0, le=1e7, description="Wanted time per later token, milliseconds.")
 
@@ -144,3 +149,34 @@ class ChatRequest(_Generation):
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
+
+
+def allowed(field: str) -> str:
+    """What a field may be, for error messages: its range, its few values, or its form; "" where there is no more to say.
+
+    Args:
+        field: its name alone, e.g. "temperature".
+    """
+    if field in _FORMS:
+        return _FORMS[field]
+    for body in (CompletionRequest, ChatRequest, Quality, StreamOptions, Message):
+        found = body.model_json_schema()["properties"].get(field)
+        for kind in () if found is None else (found, *found.get("anyOf", ())):
+            if "enum" in kind:
+                return "one of " + ", ".join(map(str, kind["enum"]))
+            if "const" in kind:
+                return f"{kind['const']!r} only, since nothing else is implemented"
+            low = kind.get("minimum", kind.get("exclusiveMinimum"))
+            high = kind.get("maximum", kind.get("exclusiveMaximum"))
+            if low is not None:
+                above = "above" if "exclusiveMinimum" in kind else "from"
+                return f"{above} {low} to {high}" if high is not None else f"{low} or more"
+    return ""
+
+
+_FORMS = {
+    "prompt": "a text, a list of token ids, or a list of either; none of them empty",
+    "messages": "a list of objects with a role and a content, at least one",
+    "content": 'a text, or a list of {"type": "text", "text": ...}',
+    "stop": "a text or a list of up to 16, each of 1 to 200 characters",
+}
