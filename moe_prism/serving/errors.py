@@ -87,8 +87,10 @@ def of_validation(errors: Sequence[Any], allowed: Callable[[str], str]) -> ApiEr
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    # names of a union's branches look like "list[...]" and "constrained-str"
+    # names of a union's branches look like "str", "list[...]" and "constrained-str"
     path = [str(part) for part in first["loc"] if part != "body" and str(part).replace("_", "").isalnum()]
+    if path[-1:] in (["str"], ["int"]) and first["type"] != "extra_forbidden":
+        path.pop()
     field = next((part for part in reversed(path) if not part.isdigit()), None)
     param = None if field is None else ".".join(path[: path.index(field) + 1])
     message = first["msg"].removeprefix("Value error, ")

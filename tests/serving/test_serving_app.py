@@ -30,7 +30,7 @@ BAD = {
     "max_tokens 0": ({"max_tokens": 0}, "max_tokens", "1 or more"),
     "max_tokens over the context": ({"max_tokens": 1024}, "prompt", "context of 1024 tokens"),
     "n 65": ({"n": 65}, "n", "from 1 to 64"),
-    "n times prompts": ({"n": 40, "prompt": ["a", "b"]}, "n", "more than 64"),
+    "n times prompts": ({"n": 40, "prompt": ["the", "sea"]}, "n", "more than 64"),
     "logprobs 21": ({"logprobs": 21}, "logprobs", "from 0 to 20"),
     "stop empty": ({"stop": ""}, "stop", "1 to 200 characters"),
     "stop many": ({"stop": ["a"] * 17}, "stop", "up to 16"),

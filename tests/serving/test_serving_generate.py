@@ -176,26 +176,42 @@ def test_a_failed_step_answers_its_requests_and_the_engine_goes_on(checkpoint: P
         assert live.engine.stats.running == 0
 
 
-def test_an_exception_in_one_request_does_not_touch_the_others(checkpoint: Path) -> None:
-    """One request's sampler breaks in the middle; the one beside it in the same batch is served to its end."""
+def test_a_request_that_fails_alone_does_not_touch_the_others(checkpoint: Path) -> None:
+    """Logits of one of two requests in a batch become NaN; the other one says what it says alone."""
+    poison = {"on": False}
 
     def faulty(engine) -> None:
-        check = engine.check
+        run = engine._runner.forward
 
-        def refuses(generation) -> None:
-            check(generation)
-            if generation.request.priority == 13:
-                raise RuntimeError("unlucky")
+        def forward(*args, **kwargs):
+            logits = run(*args, **kwargs)
+            if poison["on"] and len(logits) == 2:
+                poison["on"] = False
+                logits = logits.clone()
+                logits[1] = float("nan")
+            return logits
 
-        engine.check = refuses
+        engine._runner.forward = forward
 
     with live_server(checkpoint, change=faulty) as live:
         client = live.client()
-        stream = client.completions.create(
-            model=NAME, prompt=PROMPT, max_tokens=100, stream=True, extra_body={"ignore_eos": True}
-        )
-        next(stream)
-        with pytest.raises(Exception, match="its log has the reason") as failed:
-            client.completions.create(model=NAME, prompt=PROMPT, extra_body={"priority": 13})
+        ask = {"model": NAME, "prompt": PROMPT, "max_tokens": 150, "temperature": 0, "extra_body": EXACT}
+        alone = client.completions.create(**ask).choices[0].text
+        stream = client.completions.create(**ask, stream=True)
+        said = next(stream).choices[0].text
+        poison["on"] = True
+        with pytest.raises(Exception, match="not finite") as failed:
+            client.completions.create(**ask)
         assert failed.value.status_code == 500
-        assert sum(1 for _ in stream) > 50
+        assert said + "".join(chunk.choices[0].text for chunk in stream) == alone
+
+
+def test_an_unforeseen_exception_has_the_same_shape(checkpoint: Path) -> None:
+    def faulty(engine) -> None:
+        engine.check = lambda generation: 1 // 0
+
+    with live_server(checkpoint, change=faulty) as live:
+        with pytest.raises(Exception, match="its log has the reason") as failed:
+            live.client().completions.create(model=NAME, prompt=PROMPT)
+        assert failed.value.status_code == 500
+        assert failed.value.type == "server_error"
