@@ -5,15 +5,17 @@ Knows nothing of the model's weights or of what the gate tensors mean.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
-from .checksums import verify_sums
+from .checksums import format_sums, read_sums, verify_sums
 from .schema import (
     CONFIG_KEY,
+    COST_MODEL_FILE,
     OPERATING_POINTS_FILE,
     RECIPE_FILE,
     TENSORS_FILE,
@@ -75,6 +77,21 @@ class ElasticCheckpoint:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: the copy is incomplete; copy it again")
         return path.read_text(encoding="utf-8")
+
+    def cost_model(self) -> bytes | None:
+        """The measured cost model as JSON text, or None where none was measured; its room is ``scheduling``."""
+        path = self.path / COST_MODEL_FILE
+        return path.read_bytes() if path.is_file() else None
+
+    def fingerprint(self) -> str:
+        """16 hex digits of the weights' and gate's checksums and the configuration; measurements do not change it.
+
+        Raises:
+            CheckpointError: no readable SHA256SUMS.
+        """
+        sums = read_sums(self.path)
+        decisive = {name: sums[name] for name in sums if name.endswith(".safetensors") or name == "config.json"}
+        return hashlib.sha256(format_sums(decisive).encode()).hexdigest()[:16]
 
 
 def open_checkpoint(path: Path, verify: bool = True) -> ElasticCheckpoint:

@@ -25,6 +25,7 @@ OUR_FOLDER = "moe_prism/"
 TENSORS_FILE = "moe_prism/tensors.safetensors"
 RECIPE_FILE = "moe_prism/recipe.yaml"
 OPERATING_POINTS_FILE = "moe_prism/operating_points.json"
+COST_MODEL_FILE = "moe_prism/cost_model.json"
 PLOT_FILE = "moe_prism/frontier.png"
 CARD_FILE = "README.md"
 

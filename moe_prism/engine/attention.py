@@ -9,16 +9,19 @@ per request. Knows nothing of requests beyond their places.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedModelError
+from .decode import attend
 
 IMPLEMENTATION = "moe_prism_ragged"
 
@@ -48,13 +51,31 @@ class KeyValueMemory:
         own: the model's own attention, "sdpa" or another name.
         places: int64 ``[T]`` of the step's tokens.
         spans: of the step.
+        decoding: how many of the spans, the first ones, are of one token.
     """
 
     tokens: int
     own: str
     places: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     spans: list[Span] = field(default_factory=list)
+    decoding: int = 0
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _single: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64), repr=False)
+
+    def begin(self, places: Tensor, spans: Sequence[Span]) -> None:
+        """Prepare a step; spans of one token come first."""
+        self.places, self.spans = places, list(spans)
+        self.decoding = next((i for i, span in enumerate(spans) if span.length > 1), len(spans))
+        single = np.array([(span.start, span.before + 1) for span in spans[: self.decoding]], dtype=np.int64)
+        self._single = single.reshape(-1, 2)
+
+    def seen(self, sliding_window: int | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First place and number of places that each span of one token attends to, int64 ``[decoding]``."""
+        start, length = self._single.T
+        if sliding_window is None:
+            return start, length
+        out = np.maximum(length - sliding_window, 0)
+        return start + out, length - out
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store ``[1, heads, T, head size]`` of the step; returns all keys and values of the layer."""
@@ -112,7 +133,15 @@ def ragged_attention(
     keys, values = key_value_memory.write(layer, key, value)
     own = None if key_value_memory.own == "sdpa" else _own(module, key_value_memory.own)
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-    for span in key_value_memory.spans:
+    spans = key_value_memory.spans
+    if own is None and query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
+        decoding = key_value_memory.decoding
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        start, length = key_value_memory.seen(sliding_window)
+        if decoding:
+            out[:decoding] = attend(query[0, :, :decoding].transpose(0, 1), keys, values, start, length, scale)
+        spans = spans[decoding:]
+    for span in spans:
         end = span.before + span.length
         seen = 0 if sliding_window is None else max(0, span.before + 1 - sliding_window)
         places = slice(span.start + seen, span.start + end)

@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from ..errors import PrismError
-from ..scheduling import Limits, Policy, Running, State, StepPlan
+from ..scheduling import Admission, Limits, Policy, Running, State, StepPlan
 from ..scheduling.requests import memory_of
 from .attention import Span
 from .memory import Memory
@@ -70,7 +71,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: PreTrainedModel, policy: Policy, limits: Limits, *, clock: Callable[[], float] = time.monotonic
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        limits: Limits,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        hopeless: Literal["serve", "refuse"] = "serve",
     ) -> None:
         """Allocate the memory for keys and values.
 
@@ -79,6 +86,7 @@ class Engine:
             policy: decides who runs, and at which budgets.
             limits: ``memory_tokens`` is needed: so many tokens' keys and values are allocated.
             clock: seconds; requests' arrivals are on it.
+            hopeless: what becomes of requests whose objectives no budget can meet: see ``Admission``.
 
         Raises:
             PrismError: limits do not fit the model, or the model is not at full budget.
@@ -97,19 +105,21 @@ class Engine:
         self.policy = policy
         self.limits = limits
         self.clock = clock
+        self._admission = Admission(policy.cost, limits, hopeless)
         self._memory = Memory(limits.memory_tokens)
         self._waiting: dict[str, Generation] = {}
         self._running: dict[str, _Active] = {}
         self._inbox = _Inbox()
         self._known: set[str] = set()
+        self._admitted = 0
         self._changed = threading.Condition()
         self._asleep: float | None = None  # nothing to do before this time; None: there is
         self._stats = EngineStats()
 
     def check(self, generation: Generation) -> None:
-        """Raise PrismError for a request that could never run here."""
+        """Raise PrismError for a request that could never run here, or that ``hopeless`` refuses."""
         request, prompt = generation.request, generation.prompt
-        self.limits.check(request)
+        self._admission(request)
         if len(prompt) != request.prompt_tokens:
             raise PrismError(
                 f"request {request.id}: prompt_tokens must be the prompt's length, {len(prompt)}: "
@@ -126,6 +136,7 @@ class Engine:
             PrismError: see ``check``; or its id is in use.
         """
         self.check(generation)
+        generation = replace(generation, request=self._admission(generation.request))
         id = generation.request.id
         with self._changed:
             if id in self._known:
@@ -176,7 +187,10 @@ class Engine:
         now = self.clock()
         try:
             state = State(
-                [g.request for g in self._waiting.values()], [a.running() for a in self._running.values()], self.limits
+                [generation.request for generation in self._waiting.values()],
+                [active.running() for active in self._running.values()],
+                self.limits,
+                self._admitted,
             )
             plan = self.policy.plan(state, now)
             self._refuse_bad(plan)
@@ -241,6 +255,7 @@ class Engine:
             moved = self._running[move.id]
             self._runner.memory.move(move.source, move.target, moved.prefilled + max(0, moved.generated - 1))
         self._running[id] = _Active(self._waiting.pop(id), Sampler(generation.sampling))
+        self._admitted += 1
 
     def _parts(self, plan: StepPlan) -> list[_Part]:
         """Who computes what: requests that decode first."""

@@ -57,8 +57,8 @@ class Runner:
         self.forward(np.zeros(1, np.int64), [Span(0, 1, 0, 0)], [self.dial.full_budget], [0])
         if len(self.memory.layers) != config.num_hidden_layers:
             raise UnsupportedModelError(
-                f"{config.model_type}: {len(self.memory.layers)} of {config.num_hidden_layers} layers use the attention "
-                "interface of transformers, the engine needs all; use transformers' generate"
+                f"{config.model_type}: {len(self.memory.layers)} of {config.num_hidden_layers} layers use the "
+                "attention interface of transformers, the engine needs all; use transformers' generate"
             )
 
     @torch.inference_mode()
@@ -81,7 +81,7 @@ class Runner:
         within = np.arange(len(tokens)) - np.repeat([span.first for span in spans], counts)
         position = within + np.repeat([span.before for span in spans], counts)
         place = position + np.repeat([span.start for span in spans], counts)
-        self.memory.places, self.memory.spans = torch.from_numpy(place).to(device), list(spans)
+        self.memory.begin(torch.from_numpy(place).to(device), spans)
         everything = min(budgets) == self.dial.full_budget
         self.dial.fill(None if everything else torch.from_numpy(np.repeat(np.array(budgets), counts)))
         try:
@@ -90,7 +90,7 @@ class Runner:
                     input_ids=torch.from_numpy(tokens)[None].to(device),
                     position_ids=torch.from_numpy(position)[None].to(device),
                     use_cache=False,
-                    logits_to_keep=torch.tensor(last, device=device),
+                    logits_to_keep=torch.tensor(last, dtype=torch.int64, device=device),
                     key_value_memory=self.memory,
                 )
         finally:

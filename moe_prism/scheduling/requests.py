@@ -6,8 +6,14 @@ the caller chooses. Knows no engine, no texts and no tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import PrismError
 
@@ -26,6 +32,7 @@ class Request:
         ttft_ms: wanted time to first token, or None.
         tpot_ms: wanted time per output token after the first, or None.
         priority: lower runs earlier.
+        best_effort: no budget can meet its objectives; it runs at its floor and they bind nobody (see ``Admission``).
     """
 
     id: str
@@ -37,9 +44,19 @@ class Request:
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     priority: int = 0
+    best_effort: bool = False
+
+    @cached_property
+    def packed(self) -> bytes:
+        """``Columns`` as float64, kept: policies look at every waiting request before every step."""
+        ttft, tpot = (math.nan if value is None else value / 1e3 for value in (self.ttft_ms, self.tpot_ms))
+        row = (self.arrival, self.prompt_tokens, self.max_tokens, self.k_min, self.k_active, ttft, tpot, self.priority)
+        return np.array([*row, self.best_effort], dtype=np.float64).tobytes()
 
     def check(self, full_budget: int) -> None:
         """Raise PrismError for a value that no engine of this full budget can serve."""
+        if not math.isfinite(self.arrival):
+            raise PrismError(f"request {self.id}: arrival must be a time in seconds, got {self.arrival}")
         if self.prompt_tokens < 1:
             raise PrismError(f"request {self.id}: prompt_tokens must be 1 or more, got {self.prompt_tokens}")
         if self.max_tokens < 1:
@@ -61,8 +78,27 @@ class Request:
                 )
 
 
-@dataclass(frozen=True)
-class Running:
+class Columns(NamedTuple):
+    """Requests as arrays ``[R]`` of float64; objectives in seconds, NaN where there is none."""
+
+    arrival: NDArray[np.float64]
+    prompt_tokens: NDArray[np.float64]
+    max_tokens: NDArray[np.float64]
+    k_min: NDArray[np.float64]
+    k_active: NDArray[np.float64]
+    ttft: NDArray[np.float64]
+    tpot: NDArray[np.float64]
+    priority: NDArray[np.float64]
+    best_effort: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> Columns:
+        """From requests, in their order."""
+        rows = np.frombuffer(b"".join([r.packed for r in requests])).reshape(-1, len(cls._fields))
+        return cls(*rows.T)
+
+
+class Running(NamedTuple):
     """An admitted request that is not finished.
 
     Attributes:
@@ -70,7 +106,7 @@ class Running:
         prefilled: prompt tokens whose keys and values are computed.
         generated: tokens it has; at least 1 once the whole prompt is prefilled.
         first_token: when the first one came, or None.
-        budget: the budget of its last step, or 0 before the first.
+        budget: the budget of its last step, of its prompt or of a token, or 0 before the first.
     """
 
     request: Request
@@ -125,11 +161,13 @@ class State:
         waiting: not yet admitted, in order of arrival.
         running: admitted, in order of admission.
         limits: what the engine can hold.
+        admitted: how many requests it has admitted so far; it decides whose turn it is.
     """
 
     waiting: Sequence[Request]
     running: Sequence[Running]
     limits: Limits
+    admitted: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,12 +180,15 @@ class StepPlan:
             step if it has any left, else its next token.
         prefill: id -> prompt tokens of this step, of requests that have any left; one that is not named computes
             none in this step.
+        cap: different sub-experts that a layer may load for the decoding requests of this step, their floors first
+            (batch-aware selection); None: everyone runs its own best.
         wake: if nothing runs, when to ask again at the latest; None: when a request comes.
     """
 
     admit: tuple[str, ...] = ()
     budgets: Mapping[str, int] = field(default_factory=dict)
     prefill: Mapping[str, int] = field(default_factory=dict)
+    cap: int | None = None
     wake: float | None = None
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import PrismError
+from .outcomes import Job
 from .requests import Request
-from .simulator.replica import Job
 
 
 @dataclass(frozen=True)

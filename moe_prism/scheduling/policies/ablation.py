@@ -1,27 +1,34 @@
-"""The two halves apart: what elastic models gain without our scheduling, and the other way round.
+"""The two halves apart: what an elastic model gains without our scheduling, and the other way round.
 
-The elastic model alone is ``fifo``: simple batches at the highest floor in them. The system alone is here: continuous
-batching in which every request runs at full budget, as an inelastic model would. Both together are ``continuous``, none
-of the two is ``fifo-original``. Knows nothing more.
+The system alone is here: continuous batching in which every request runs at full budget, as an inelastic model would.
+``ABLATION`` names all four combinations. Knows nothing more.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from ..requests import State, StepPlan
+import numpy as np
+
+from ..cost_model import Floats
+from ..requests import Columns
 from .base import POLICIES
 from .continuous import Continuous
+
+ABLATION = {
+    "neither": "fifo-original",
+    "model only": "fifo",
+    "system only": "system-only",
+    "both": "continuous",
+}
 
 
 @POLICIES.register("system-only")
 @dataclass(frozen=True)
 class SystemOnly(Continuous):
-    """Continuous batching of the original model."""
+    """Continuous batching of the original model, which has one budget: everybody runs at it, whatever they want."""
 
-    def plan(self, state: State, now: float) -> StepPlan:
-        """See ``Policy.plan``."""
-        full = state.limits.full_budget
-        waiting = [replace(r, k_min=full, k_active=full) for r in state.waiting]
-        running = [replace(r, request=replace(r.request, k_min=full, k_active=full)) for r in state.running]
-        return super().plan(State(waiting, running, state.limits), now)
+    def bounds(self, columns: Columns, full_budget: int) -> tuple[Floats, Floats]:
+        """Full budget for everyone."""
+        full = np.full(len(columns.arrival), float(full_budget))
+        return full, full

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ...errors import PrismError
 from ...registry import Registry
 from ..cost_model import CostModel
-from ..requests import Limits, Request, Running, State, StepPlan, memory_of
+from ..requests import Limits, Request, State, StepPlan, memory_of
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,3 @@ def prefill_pieces(pending: Sequence[tuple[str, int]], limits: Limits) -> dict[s
         pieces[name] = int(min(tokens, left))
         left -= pieces[name]
     return pieces
-
-
-def batch_plan(admitted: Sequence[Request], running: Sequence[Running], k_active: int, limits: Limits) -> StepPlan:
-    """A step of a batch in which everyone runs at one budget.
-
-    Prompts first, as the batch starts: who is done with its own waits for the others.
-    """
-    pending = [(r.request.id, r.prefill_left) for r in running if r.prefill_left]
-    pending += [(r.id, r.prompt_tokens) for r in admitted]
-    pieces = prefill_pieces(pending, limits)
-    names = pieces or [r.request.id for r in running]
-    return StepPlan(tuple(r.id for r in admitted), dict.fromkeys(names, k_active), pieces)

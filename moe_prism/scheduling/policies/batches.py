@@ -1,7 +1,8 @@
 """Policies that run one batch to its end at one budget, as the paper's do (arXiv 2510.19366, phase 2 and set-up).
 
-While a batch runs nothing is admitted, and all of its requests run at the batch's budget. Tokens of a request, where
-a formula needs them, are those of its prompt and those it may generate.
+While a batch runs nothing is admitted, and all of its requests run at the batch's budget, or at the most that they
+want if that is less (the paper's requests want no less than full budget). Priorities and objectives play no part.
+Tokens of a request, where a formula needs them, are those of its prompt and those it may generate.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..requests import Request, State, StepPlan, memory_of
-from .base import POLICIES, Policy, batch_plan, positive, those_that_fit
+from ..requests import Columns, Request, Running, State, StepPlan
+from .base import POLICIES, Policy, memory_left, positive, prefill_pieces, those_that_fit
 
 
 @dataclass(frozen=True)
@@ -21,20 +22,34 @@ class BatchPolicy(Policy):
     """Keeps a batch together; subclasses say what the next one is."""
 
     def plan(self, state: State, now: float) -> StepPlan:
-        """See ``Policy.plan``."""
+        """See ``Policy.plan``; prompts first, as the batch starts: who is done with its own waits for the others."""
         if state.running:
-            return batch_plan((), state.running, max(r.budget for r in state.running), state.limits)
+            # its members' budgets say what the batch runs at; those whose prompt has not begun have none yet
+            k_active = max(max(r.budget, r.request.k_min) for r in state.running)
+            return self._step((), state.running, k_active, state)
         if not state.waiting:
             return StepPlan()
         launched = self.launch(state, now)
-        if not isinstance(launched, tuple):
+        if isinstance(launched, float):
             return StepPlan(wake=launched)
         admitted, k_active = launched
-        return batch_plan(admitted, (), k_active, state.limits)
+        return self._step(admitted, (), k_active, state)
 
     @abstractmethod
     def launch(self, state: State, now: float) -> tuple[Sequence[Request], int] | float:
         """The next batch and its budget, or when to ask again; something waits and nothing runs."""
+
+    def budget(self, request: Request, k_active: int) -> int:
+        """Of one request in a batch at ``k_active``."""
+        return min(k_active, request.k_active)
+
+    def _step(self, admitted: Sequence[Request], running: Sequence[Running], k_active: int, state: State) -> StepPlan:
+        requests = [*(r.request for r in running), *admitted]
+        pending = [(r.request.id, r.prefill_left) for r in running if r.prefill_left]
+        pending += [(r.id, r.prompt_tokens) for r in admitted]
+        pieces = prefill_pieces(pending, state.limits)
+        budgets = {r.id: self.budget(r, k_active) for r in requests if not pieces or r.id in pieces}
+        return StepPlan(tuple(r.id for r in admitted), budgets, pieces)
 
 
 def _highest_floor(requests: Sequence[Request]) -> int:
@@ -55,17 +70,21 @@ class Fifo(BatchPolicy):
 @POLICIES.register("fifo-original")
 @dataclass(frozen=True)
 class FifoOriginal(BatchPolicy):
-    """FIFO with the original model: every batch at full budget."""
+    """FIFO with the original model, which has one budget: every batch at full budget, whatever anyone wants."""
 
     def launch(self, state: State, now: float) -> tuple[Sequence[Request], int] | float:
         """See ``BatchPolicy.launch``."""
         return those_that_fit(state.waiting, state), state.limits.full_budget
 
+    def budget(self, request: Request, k_active: int) -> int:
+        """Full budget."""
+        return k_active
+
 
 @POLICIES.register("full-batch")
 @dataclass(frozen=True)
 class FullBatch(BatchPolicy):
-    """Wait until a batch is full, then run it at the highest floor in it.
+    """Wait until a batch is full, by places or by memory, then run it at the highest floor in it.
 
     Attributes:
         max_wait: seconds after which a batch that never fills starts all the same, so that the last requests end.
@@ -91,8 +110,9 @@ class VirtualQueues(BatchPolicy):
 
     Utility ``U_m = sum of tokens in Q_m / C(|Q_m|, m)``; the queue with the highest is launched when the engine is
     free. Two triggers come first: a queue that fills a batch, and the oldest request waiting longer than T_max, for
-    which the best queue that holds it is launched. What is launched leaves all queues at once. A queue longer than a
-    batch is cut to its oldest requests. Among equal queues the one with the larger budget runs.
+    which the best queue that holds it is launched. What is launched leaves all queues at once. Of a queue longer than a
+    batch, or larger than the memory, the oldest requests that fit count and run. Among equal queues the one with the
+    larger budget runs.
 
     Attributes:
         t_max: T_max in seconds.
@@ -105,23 +125,23 @@ class VirtualQueues(BatchPolicy):
 
     def launch(self, state: State, now: float) -> tuple[Sequence[Request], int] | float:
         """See ``BatchPolicy.launch``."""
-        waiting = state.waiting
-        floor = np.array([r.k_min for r in waiting])
-        most = np.array([r.k_active for r in waiting])
-        size = np.array([memory_of(r) for r in waiting])
-        oldest = int(np.argmin([r.arrival for r in waiting]))
-        best: tuple[tuple[int, float, int], np.ndarray] | None = None
-        overdue = now - waiting[oldest].arrival >= self.t_max
+        columns = Columns.of(state.waiting)
+        size = columns.prompt_tokens + columns.max_tokens
+        oldest = int(np.argmin(columns.arrival))
+        overdue = now - columns.arrival[oldest] > self.t_max
+        places, memory = state.limits.max_running, memory_left(state)
+        best: tuple[tuple[bool, float, int], list[int]] | None = None
         for m in range(1, state.limits.full_budget + 1):
-            inside = np.flatnonzero((floor <= m) & (m <= most))
+            inside = np.flatnonzero((columns.k_min <= m) & (m <= columns.k_active))
             if not len(inside) or (overdue and oldest not in inside):
                 continue
-            full = len(inside) >= state.limits.max_running
-            inside = inside[: state.limits.max_running]
+            full = len(inside) >= places
+            inside = inside[:places]
+            inside = inside[: int(np.searchsorted(np.cumsum(size[inside]), memory, side="right"))]
             utility = float(size[inside].sum()) / self.cost.table(len(inside), m)
-            rank = (int(full), utility, m)
+            rank = (full, utility, m)
             if best is None or rank > best[0]:
-                best = rank, inside
+                best = rank, inside.tolist()
         assert best is not None  # every request is in the queue of its floor
-        (_, _, m), inside = best
-        return those_that_fit([waiting[i] for i in inside.tolist()], state), m
+        (_, _, m), chosen = best
+        return [state.waiting[i] for i in chosen], m

@@ -1,82 +1,79 @@
 """Our policy: every step decides whom to admit and what each request's budget is.
 
-Requests join and leave between steps. The step's time limit comes from the objectives of those that decode; admission
-and budgets are chosen so that the predicted time of the step stays within it:
+Requests join and leave between steps. A request's budget is its floor plus an *excess* that all share, up to what it
+wants: so scarce time is taken from those farthest above their floors first. One excess is for prompts, one for
+decoding. Times are predicted by the cost model:
 
-1. *Admit* by priority, then deadline, while places and memory last and the step fits with everyone at the floor.
-   Whoever has waited ``patience`` seconds is admitted first, whatever the time, so nobody starves: see ``Continuous``.
-2. *Prompts* get the highest excess over their floors that still fits with decoding at the floors; as do
-3. *decoding* requests with the time that is left. One *excess* is shared: budget = min(wanted, floor + excess), so
-   scarce time is taken from those farthest above their floors first.
-4. While somebody waits who cannot be admitted, excess is spent only as far as the wait allows: those who run then
-   finish sooner. With nobody waiting, spare time is spent on quality.
-5. An excess falls at once and rises slowly, from the budgets of the step before, so that budgets do not flap.
+1. *The step.* A token is due its objective after the one before; requests that are ahead of their schedule lend a part
+   of it to a step with prompts in it.
+2. *The line*: prompts that are begun, then waiting requests by ``Continuous.order``, as far as places and memory last.
+   The prompts' excess is the largest with which everyone in the line has a first token in time; nobody decodes at a
+   larger one meanwhile.
+3. *Decoding* has the largest excess with which a step keeps the objectives, and places get free before the requests
+   behind the line are due. It falls at once, and rises slowly and only where there is room to spare.
+4. *Pieces.* The line's prompts are computed in order, as many tokens as fit into the step beside the decoding; who gets
+   none stays in the queue.
 
 Knows no engine, and nothing of how a step's time comes about but the cost model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..cost_model import StepLoad
-from ..requests import Request, Running, State, StepPlan, memory_of
-from .base import POLICIES, Policy, memory_left, positive, prefill_pieces
+from ..cost_model import Floats, Ints
+from ..requests import Columns, Running, State, StepPlan
+from .base import POLICIES, Policy, positive
+from .queue import Order, in_turn, those_with_room
 
-Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class _Decoding:
-    """Requests that decode, as arrays ``[D]``."""
-
-    floor: Ints
-    wanted: Ints
-    before: Ints
-    context: float
-
-    @classmethod
-    def of(cls, running: list[Running]) -> _Decoding:
-        """Those whose prompt is done."""
-        return cls(
-            np.array([r.request.k_min for r in running], dtype=np.int64),
-            np.array([r.request.k_active for r in running], dtype=np.int64),
-            np.array([r.budget for r in running], dtype=np.int64),
-            float(sum(r.request.prompt_tokens + r.generated for r in running)),
-        )
-
-    def at(self, excess: int) -> Ints:
-        """Budgets."""
-        return np.minimum(self.wanted, self.floor + excess)
+LEND = 2.0  # a step with prompts may take this many times a token's objective from requests that are ahead
+HURRY = 0.5  # how far a request that is behind its schedule shortens the step, as a share of its objective
 
 
-@dataclass(frozen=True)
-class _Prompts:
-    """Pieces of prompts of a step, as arrays ``[Q]``."""
+class _Decoding(NamedTuple):
+    """Requests whose prompt is done, ``[D]``, and what they leave for a step.
+
+    Attributes:
+        names: their ids.
+        budgets: at every excess, ``[F, D]``.
+        before: excess of the step before, None where there was none.
+        left: tokens that each may still generate, mean.
+        steady: seconds of a step that keeps their pace; infinite where D = 0.
+        lent: seconds of a step with prompts in it.
+        curve: seconds that decoding adds to a step at every excess, ``[F]``.
+        capped: the same if no more different sub-experts are loaded than the floors need, ``[F]``.
+    """
 
     names: list[str]
-    tokens: Ints
-    floor: Ints
-    wanted: Ints
+    budgets: Ints
+    before: int | None
+    left: float
+    steady: float
+    lent: float
+    curve: Floats
+    capped: Floats
 
-    @classmethod
-    def of(cls, requests: dict[str, Request], pieces: dict[str, int]) -> _Prompts:
-        """From a step's pieces."""
-        chosen = [requests[name] for name in pieces]
-        return cls(
-            list(pieces),
-            np.array(list(pieces.values()), dtype=np.int64),
-            np.array([r.k_min for r in chosen], dtype=np.int64),
-            np.array([r.k_active for r in chosen], dtype=np.int64),
-        )
 
-    def at(self, excess: int) -> Ints:
-        """Budgets."""
-        return np.minimum(self.wanted, self.floor + excess)
+class _Line(NamedTuple):
+    """Prompts to compute, ``[Q]`` in the order in which they are computed.
+
+    Attributes:
+        names: their ids.
+        tokens: left of each.
+        starts: computed of each.
+        due: seconds until the first token is due.
+        budgets: at every excess, ``[F, Q]``.
+    """
+
+    names: list[str]
+    tokens: Floats
+    starts: Floats
+    due: Floats
+    budgets: Ints
 
 
 @POLICIES.register("continuous")
@@ -84,137 +81,220 @@ class _Prompts:
 class Continuous(Policy):
     """Iteration-level batching with elastic budgets.
 
-    The bound on waiting: requests that have waited ``patience`` seconds are admitted in order of arrival before all
-    others and whatever the predicted time. So once a request has waited so long, it starts as soon as the requests
-    that came before it have started and enough places and memory are free for it.
+    The bound on waiting: of requests that have waited ``patience`` seconds, the oldest is the next but one to start at
+    the latest, whatever the others' priorities and objectives; when it is its turn, nobody starts before there is room
+    for it. So with n older ones of its kind a request starts after at most 2 n + 1 others have started, and prompts
+    that have begun get at least ``piece`` tokens in every step.
 
     Attributes:
         ttft_ms: wanted time to first token of requests that name none.
         tpot_ms: wanted time per output token of requests that name none.
         margin: share of an objective that predicted times may fill.
         patience: seconds.
-        rise: the most sub-experts that budgets rise in one step.
+        calm: share of the time allowed within which an excess rises; between it and 1 nothing changes.
+        rise: how much of full budget the budgets of decoding requests rise by in one step, at most.
+        piece: the fewest prompt tokens of a step, as long as there are any.
+        capped: where time is short, load fewer different sub-experts before budgets fall further (batch-aware
+            selection). What that costs in quality is not among the measured operating points, so it is off.
     """
 
     ttft_ms: float = 1000.0
     tpot_ms: float = 100.0
     margin: float = 0.9
     patience: float = 10.0
-    rise: int = 1
+    calm: float = 0.9
+    rise: float = 0.1
+    piece: int = 32
+    capped: bool = False
 
     def __post_init__(self) -> None:
-        positive(ttft_ms=self.ttft_ms, tpot_ms=self.tpot_ms, margin=self.margin, patience=self.patience, rise=self.rise)
+        positive(ttft_ms=self.ttft_ms, tpot_ms=self.tpot_ms, margin=self.margin, patience=self.patience)
+        positive(calm=self.calm, rise=self.rise, piece=self.piece)
 
     def plan(self, state: State, now: float) -> StepPlan:
         """See ``Policy.plan``."""
-        decoding = [r for r in state.running if not r.prefill_left]
-        steady = _Decoding.of(decoding)
-        limit = self._limit(state, decoding, now)
-        admitted = self._admit(state, steady, limit, now)
-        requests = {r.request.id: r.request for r in state.running if r.prefill_left}
-        pending = [(r.request.id, r.prefill_left) for r in state.running if r.prefill_left]
-        for request in admitted:
-            requests[request.id] = request
-            pending.append((request.id, request.prompt_tokens))
-        prompts = _Prompts.of(requests, prefill_pieces(pending, state.limits))
-        most = state.limits.full_budget
-        held = len(state.waiting) > len(admitted)
-        if held:
-            limit = min(limit, self._until_due(state, admitted, decoding, now))
-        for_prompts = _largest(most, lambda x: self.cost.seconds(self._load(steady, 0, prompts, x)) <= limit)
-        if not len(prompts.names):
-            for_prompts = 0
-        excess = _largest(most, lambda x: self.cost.seconds(self._load(steady, x, prompts, for_prompts)) <= limit)
-        budgets = dict(zip(prompts.names, prompts.at(for_prompts).tolist(), strict=True))
-        given = np.where(steady.before > 0, np.minimum(steady.at(excess), steady.before + self.rise), steady.at(excess))
-        given = np.maximum(given, steady.floor)
-        budgets.update(zip((r.request.id for r in decoding), given.tolist(), strict=True))
-        pieces = dict(zip(prompts.names, prompts.tokens.tolist(), strict=True))
-        return StepPlan(tuple(r.id for r in admitted), budgets, pieces)
+        decoding = self._decoding([r for r in state.running if r.prefilled >= r.request.prompt_tokens], state, now)
+        waiting = Columns.of(state.waiting)
+        order = self.order(waiting, now, state.admitted)
+        fitting, behind = those_with_room(order, waiting, now - waiting.arrival >= self.patience, state)
+        line = self._line([r for r in state.running if r.prefill_left], waiting, fitting, state, now)
+        for_prompts = self._for_prompts(line, decoding, 1.0)
+        excess, cap = self._for_decoding(line, decoding, self._until_free(behind, waiting, decoding, now))
+        pieces = self._pieces(line, decoding, for_prompts, excess, state.limits.max_prefill)
+        prefill = {name: tokens for name, tokens in zip(line.names, pieces, strict=True) if tokens}
+        budgets = {
+            name: k
+            for name, k in zip(line.names, line.budgets[for_prompts].tolist(), strict=True)
+            if name in prefill
+        }  # fmt: skip
+        budgets.update(zip(decoding.names, decoding.budgets[excess].tolist(), strict=True))
+        begun = len(line.names) - len(fitting)
+        return StepPlan(tuple(name for name in line.names[begun:] if name in prefill), budgets, prefill, cap)
 
-    def _limit(self, state: State, decoding: list[Running], now: float) -> float:
-        """Seconds that this step may take.
+    def order(self, waiting: Columns, now: float, admitted: int = 0) -> Order:
+        """Indices of waiting requests, the next one first.
 
-        A request's next token is due ``tpot`` after the one before, earlier delays and gains included; gains are
-        lent for one step only in part, so that a long step does not use them up at once.
+        By priority; of equal ones those that can still have their first token in time, then by when it is due. Those
+        that have waited ``patience`` seconds are every second one, in order of arrival, as long as there are any.
+
+        Args:
+            waiting: requests, ``[W]``.
+            now: in seconds.
+            admitted: requests admitted so far; after an even number it is the turn of those who have waited.
         """
-        limit = float("inf")
-        for r in decoding:
-            each = (r.request.tpot_ms or self.tpot_ms) / 1e3
-            start = now if r.first_token is None else r.first_token
-            due = start + r.generated * each - now
-            limit = min(limit, self.margin * min(max(due, 0.5 * each), 2 * each))
-        for r in state.running:
-            if r.prefill_left:  # its first token comes with the last piece
-                limit = min(limit, max(self._first_token_due(r.request) - now, self.tpot_ms / 1e3))
-        return limit
+        due = self._due(waiting)
+        regular = np.lexsort((waiting.arrival, due, due < now, waiting.priority))
+        return in_turn(regular, waiting.arrival, now - waiting.arrival >= self.patience, admitted)
 
-    def _first_token_due(self, request: Request) -> float:
-        return request.arrival + self.margin * (request.ttft_ms or self.ttft_ms) / 1e3
+    def bounds(self, columns: Columns, full_budget: int) -> tuple[Floats, Floats]:
+        """Least and most budget of each request, ``[R]``."""
+        return columns.k_min, columns.k_active
 
-    def _admit(self, state: State, steady: _Decoding, limit: float, now: float) -> list[Request]:
-        """Who starts now, in order."""
-        left, places = memory_left(state), state.limits.max_running - len(state.running)
-        if not state.waiting or places < 1:
+    def _due(self, columns: Columns) -> Floats:
+        """When first tokens should come; infinite where the objective binds nobody."""
+        ttft = np.where(np.isnan(columns.ttft), self.ttft_ms / 1e3, columns.ttft)
+        ttft[columns.best_effort > 0] = math.inf
+        due: Floats = columns.arrival + self.margin * ttft
+        return due
+
+    def _budgets(self, columns: Columns, full_budget: int) -> Ints:
+        """At every excess, ``[F, R]``."""
+        floor, most = self.bounds(columns, full_budget)
+        return np.minimum(most, floor + np.arange(full_budget)[:, None]).astype(np.int64)
+
+    def _decoding(self, running: list[Running], state: State, now: float) -> _Decoding:
+        columns = Columns.of(r.request for r in running)
+        budgets = self._budgets(columns, state.limits.full_budget)
+        generated = np.array([r.generated for r in running], dtype=float)
+        context = float(columns.prompt_tokens.sum() + generated.sum())
+        curve = self.cost.decode_curve(budgets, context)
+        capped = curve
+        if self.capped and running:
+            capped = self.cost.decode_curve(budgets, context, np.full(len(budgets), self.cost.touched(budgets[:1])[0]))
+        first = np.array([now if r.first_token is None else r.first_token for r in running])
+        each = np.where(np.isnan(columns.tpot), self.tpot_ms / 1e3, columns.tpot)
+        each[columns.best_effort > 0] = math.inf
+        with np.errstate(invalid="ignore"):
+            ahead = np.where(np.isinf(each), math.inf, first + generated * each - now)
+        behind = np.maximum(ahead, HURRY * each)
+        return _Decoding(
+            [r.request.id for r in running],
+            budgets,
+            _before(running, budgets),
+            float((columns.max_tokens - generated).mean()) if running else 0.0,
+            self.margin * float(np.minimum(behind, each).min(initial=math.inf)),
+            self.margin * float(np.minimum(behind, LEND * each).min(initial=math.inf)),
+            curve,
+            capped,
+        )
+
+    def _line(self, begun: list[Running], waiting: Columns, fitting: Order, state: State, now: float) -> _Line:
+        first = Columns.of(r.request for r in begun)
+        columns = Columns(*(np.concatenate([a, b[fitting]]) for a, b in zip(first, waiting, strict=True)))
+        starts = np.zeros(len(columns.arrival))
+        starts[: len(begun)] = [r.prefilled for r in begun]
+        return _Line(
+            [r.request.id for r in begun] + [state.waiting[i].id for i in fitting.tolist()],
+            columns.prompt_tokens - starts,
+            starts,
+            self._due(columns) - now,
+            self._budgets(columns, state.limits.full_budget),
+        )
+
+    def _for_prompts(self, line: _Line, decoding: _Decoding, ease: float) -> int:
+        """The largest excess with which the whole line is in time; ``ease`` is the share of the time it may take."""
+        most = len(line.budgets) - 1
+        if not line.names:
+            return most
+        work = np.cumsum(self.cost.prefill_curve(line.tokens, line.starts, line.budgets), axis=1)
+        overhead = self.cost.step_overhead(prompts=True)
+        if decoding.names:  # they take their part of every step
+            share = 1.0 - (overhead + decoding.capped) / decoding.steady
+            times = work / np.maximum(share, 1e-9)[:, None]
+        else:
+            times = work + overhead
+        return _largest((times <= ease * line.due).all(axis=1), work[:, -1])
+
+    def _for_decoding(self, line: _Line, decoding: _Decoding, until_free: float) -> tuple[int, int | None]:
+        """Excess of decoding requests, and a cap on different sub-experts if there is to be one."""
+        if not decoding.names:
+            return 0, None
+        overhead = self.cost.step_overhead(prompts=False)
+        limit = min(decoding.steady, until_free)
+
+        def most(ease: float) -> int:
+            fits = decoding.capped <= ease * limit - overhead
+            return min(_largest(fits, decoding.capped), self._for_prompts(line, decoding, ease))
+
+        excess = most(1.0)
+        before = decoding.before
+        if before is not None and excess > before:
+            step = max(1, round(self.rise * len(decoding.budgets)))
+            excess = min(before + step, max(before, most(self.calm)))
+        more = float(decoding.curve[excess] - decoding.capped[excess])
+        spare = limit - overhead - float(decoding.capped[excess])
+        if more <= max(spare, 0.0):
+            return excess, None
+        least, wanted = self.cost.touched(decoding.budgets[[0, excess]])
+        return excess, math.ceil(self.cost.sub_experts * (least + (wanted - least) * max(spare, 0.0) / more))
+
+    def _until_free(self, behind: Order, waiting: Columns, decoding: _Decoding, now: float) -> float:
+        """Seconds of a step with which places get free before those behind the line are due.
+
+        The n-th of them needs n places, and with D requests that have ``left`` tokens to go one gets free every
+        left / D steps. They may end before; so this is a lower bound.
+        """
+        if not len(behind) or not decoding.names:
+            return math.inf
+        steps = np.arange(1, len(behind) + 1) * max(1.0, decoding.left) / len(decoding.names)
+        due = self._due(waiting)[behind] - now
+        return max(0.0, float((due / steps).min()))
+
+    def _pieces(
+        self, line: _Line, decoding: _Decoding, for_prompts: int, excess: int, max_prefill: int | None
+    ) -> list[int]:
+        """Prompt tokens of this step, ``[Q]``."""
+        if not line.names:
             return []
-        most_tokens = float("inf") if state.limits.max_prefill is None else float(state.limits.max_prefill)
-        tokens = float(sum(r.prefill_left for r in state.running))
-        work = sum(r.prefill_left * r.request.k_min for r in state.running) / state.limits.full_budget
-        base = self.cost.load(steady.at(0), steady.context)
-        chosen: list[Request] = []
-        for request in sorted(state.waiting, key=lambda r: self._order(r, now)):
-            overdue = now - request.arrival >= self.patience
-            if memory_of(request) > left or len(chosen) >= places:
-                if overdue:
-                    break  # nobody overtakes who has waited too long
-                if len(chosen) >= places:
-                    break
-                continue
-            if tokens >= most_tokens:
-                break  # its prompt could not start in this step
-            more = tokens + request.prompt_tokens
-            more_work = work + request.prompt_tokens * request.k_min / state.limits.full_budget
-            cut = min(1.0, most_tokens / more)
-            load = StepLoad(more * cut, more_work * cut, base.decode, base.decode_work, base.untouched, base.context)
-            first = not chosen and not state.running
-            if not (first or overdue) and self.cost.seconds(load) > self._with_prompt(request, limit, now):
-                break
-            chosen.append(request)
-            left -= memory_of(request)
-            tokens, work = more, more_work
-        return chosen
-
-    def _order(self, request: Request, now: float) -> tuple[int, int, float]:
-        if now - request.arrival >= self.patience:
-            return 0, 0, request.arrival
-        return 1, request.priority, self._first_token_due(request)
-
-    def _with_prompt(self, request: Request, limit: float, now: float) -> float:
-        """Time of a step that a prompt joins: nobody decodes, so its own objective counts; else the step's limit."""
-        if limit < float("inf"):
-            return limit
-        return max(self._first_token_due(request) - now, self.tpot_ms / 1e3)
-
-    def _until_due(self, state: State, admitted: list[Request], decoding: list[Running], now: float) -> float:
-        """Time of this step that lets a place be free before the most urgent of those left waiting is due.
-
-        The next place is free when the request with the fewest tokens left ends.
-        """
-        starting = {r.id for r in admitted}
-        due = min(self._first_token_due(r) for r in state.waiting if r.id not in starting)
-        left = min((r.request.max_tokens - r.generated for r in decoding), default=1)
-        return max(due - now, 0.0) / max(1, left)
-
-    def _load(self, steady: _Decoding, excess: int, prompts: _Prompts, for_prompts: int) -> StepLoad:
-        return self.cost.load(steady.at(excess), steady.context, prompts.tokens, prompts.at(for_prompts))
+        budgets = line.budgets[for_prompts : for_prompts + 1]
+        seconds = self.cost.prefill_curve(line.tokens, line.starts, budgets)[0]
+        room = self.cost.step_overhead(prompts=True)
+        if decoding.names:
+            room = decoding.lent - room - float(decoding.curve[excess])
+            least = min(float(self.piece), float(line.tokens.sum()))
+        else:
+            room = LEND * self.tpot_ms / 1e3 - room
+            least = float(line.tokens[0])  # nobody waits for a token, so nothing is gained by cutting it
+        done = np.cumsum(seconds)
+        part = np.clip((room - (done - seconds)) / seconds, 0.0, 1.0)
+        tokens = np.floor(part * line.tokens)
+        tokens[(part < 1.0) & (tokens < self.piece)] = 0.0
+        if tokens.sum() < least:
+            tokens = _first(line.tokens, least)
+        if max_prefill is not None and tokens.sum() > max_prefill:
+            tokens = _first(tokens, max_prefill)
+        return [int(count) for count in tokens.tolist()]
 
 
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest x in 0 .. most that fits, where less always fits as well; 0 if none does."""
-    if fits(most):
-        return most
-    low, high = 0, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def _first(tokens: Floats, most: float) -> Floats:
+    """The first ``most`` of tokens in a row, by request."""
+    taken: Floats = np.clip(most - (np.cumsum(tokens) - tokens), 0.0, tokens)
+    return taken
+
+
+def _largest(fits: Any, seconds: Floats) -> int:
+    """The largest excess that fits; if none does the fastest, which is not 0 where a gate costs more than it saves."""
+    found = np.flatnonzero(fits)
+    return int(found[-1] if len(found) else np.argmin(seconds))
+
+
+def _before(running: list[Running], budgets: Ints) -> int | None:
+    """The excess of the step before; None where nobody decoded."""
+    last = np.array([r.budget if r.generated > 1 else -1 for r in running])
+    decoded = last > 0
+    if not decoded.any():
+        return None
+    open_ended = decoded & (last < budgets[-1])
+    if not open_ended.any():
+        return len(budgets) - 1
+    return max(0, int((last - budgets[0])[open_ended].min()))

@@ -7,75 +7,41 @@ While neither a request comes nor one ends, steps repeat a plan; up to ``repeat`
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 from ..cost_model import CostModel
+from ..outcomes import Outcome
 from ..policies import Policy
-from ..requests import Limits, Request, Running, State, StepPlan
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request and what its client will see: how many tokens it really generates, 1 .. max_tokens."""
-
-    request: Request
-    output_tokens: int
-
-
-@dataclass
-class Outcome:
-    """What became of a request; times in seconds on the simulation's clock.
-
-    Attributes:
-        admitted, first_token, finished: NaN until they happen.
-        tokens: generated so far.
-        work: sum of the generated tokens' budgets.
-        least: smallest budget it ran at.
-        replica: which one served it.
-    """
-
-    job: Job
-    replica: int
-    admitted: float = math.nan
-    first_token: float = math.nan
-    finished: float = math.nan
-    tokens: int = 0
-    work: int = 0
-    least: int = 1 << 30
-    prefilled: int = field(default=0, repr=False)
-    budget: int = field(default=0, repr=False)
-
-    def running(self) -> Running:
-        """As a policy sees it."""
-        first = None if math.isnan(self.first_token) else self.first_token
-        return Running(self.job.request, self.prefilled, self.tokens, first, self.budget)
+from ..requests import Limits, State, StepPlan
 
 
 class Replica:
-    """Waiting and running requests, and the steps in progress."""
+    """Waiting and running requests, and the steps in progress.
+
+    Attributes:
+        ends: when the steps in progress end, or when an idle policy wants to be asked.
+        busy: seconds spent in steps.
+        steps: how many ended.
+    """
 
     def __init__(self, index: int, policy: Policy, cost: CostModel, limits: Limits, repeat: int) -> None:
         self.index, self.policy, self.cost, self.limits, self.repeat = index, policy, cost, limits, repeat
         self.waiting: dict[str, Outcome] = {}
         self.running: dict[str, Outcome] = {}
         self.ends = math.inf
-        """When the steps in progress end, or an idle policy wants to be asked."""
         self.busy = 0.0
         self.steps = 0
         self._plan = StepPlan()
         self._began = self._each = 0.0
-        self._count = 0
+        self._count = self._admitted = 0
 
-    def submit(self, job: Job, now: float) -> Outcome:
-        """Take a request; steps in progress are cut after the one that is running now."""
-        outcome = Outcome(job, self.index)
-        self.waiting[job.request.id] = outcome
+    def submit(self, outcome: Outcome, now: float) -> None:
+        """Take a request; repeated steps are cut after the one that is running now."""
+        self.waiting[outcome.job.request.id] = outcome
         if not self._count:
             self.ends = now
-        elif self._each > 0:
-            done = min(self._count, max(1, math.ceil((now - self._began) / self._each)))
-            self._count, self.ends = done, self._began + done * self._each
-        return outcome
+        elif self._count > 1:
+            self._count = min(self._count, max(1, math.ceil((now - self._began) / self._each)))
+            self.ends = self._began + self._count * self._each
 
     def advance(self, now: float) -> list[Outcome]:
         """Finish the steps that end now and start the next; returns the requests that ended."""
@@ -91,15 +57,11 @@ class Replica:
         ended = []
         for name, k_active in plan.budgets.items():
             outcome = self.running[name]
-            outcome.budget, outcome.least = k_active, min(outcome.least, k_active)
             if name in plan.prefill:
-                outcome.prefilled += plan.prefill[name]
+                outcome.prefill(plan.prefill[name], k_active)
                 if outcome.prefilled < outcome.job.request.prompt_tokens:
                     continue
-            if not outcome.tokens:
-                outcome.first_token = now if count == 1 else self._began + self._each
-            outcome.tokens += count
-            outcome.work += count * k_active
+            outcome.generate(k_active, now, count)
             if outcome.tokens >= outcome.job.output_tokens:
                 outcome.finished = now
                 ended.append(outcome)
@@ -110,16 +72,19 @@ class Replica:
         self.ends = math.inf
         if not self.waiting and not self.running:
             return
-        state = State(
-            [o.job.request for o in self.waiting.values()], [o.running() for o in self.running.values()], self.limits
-        )
+        waiting = [outcome.job.request for outcome in self.waiting.values()]
+        running = [outcome.running() for outcome in self.running.values()]
+        state = State(waiting, running, self.limits, self._admitted)
         plan = self.policy.plan(state, now)
         for name in plan.admit:
             outcome = self.waiting.pop(name)
             outcome.admitted = now
             self.running[name] = outcome
+        self._admitted += len(plan.admit)
         if not plan.budgets:
-            self.ends = math.inf if plan.wake is None else max(plan.wake, now)
+            if plan.wake is not None and plan.wake <= now:
+                raise RuntimeError(f"a policy that does nothing must wake after now = {now}, not at {plan.wake}")
+            self.ends = math.inf if plan.wake is None else plan.wake
             return
         decoding = [name for name in plan.budgets if name not in plan.prefill]
         context = sum(self.running[name].job.request.prompt_tokens + self.running[name].tokens for name in decoding)
@@ -128,10 +93,12 @@ class Replica:
             float(context),
             list(plan.prefill.values()),
             [plan.budgets[name] for name in plan.prefill],
+            [self.running[name].prefilled for name in plan.prefill],
+            plan.cap,
         )
         count = 1
         if not plan.prefill:
             left = min(self.running[name].job.output_tokens - self.running[name].tokens for name in decoding)
-            count = max(1, min(self.repeat, left))
+            count = min(self.repeat, left)
         self._plan, self._count, self._began, self._each = plan, count, now, self.cost.seconds(load)
         self.ends = now + count * self._each

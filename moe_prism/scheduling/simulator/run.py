@@ -1,8 +1,6 @@
 """Discrete-event simulation of one or many replicas behind a router.
 
-A step's cost is predicted, everything else is exact: the same policies run as in an engine. The router sends a request
-to the replica that is predicted to be done with its work first, when it comes; the work of a request is what it
-would take at its floor in a full batch. With ``lanes`` a request prefers the replicas of its own floor. Knows no trace.
+A step's cost is predicted, everything else is exact: the same policies run as in an engine. Knows no trace.
 """
 
 from __future__ import annotations
@@ -10,15 +8,17 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import numpy as np
+from dataclasses import dataclass, replace
 
 from ...errors import PrismError
+from ..admission import Admission, Unmeetable
 from ..cost_model import CostModel
+from ..outcomes import Job, Outcome
 from ..policies import Policy
-from ..requests import Limits, Request
-from .replica import Job, Outcome, Replica
+from .replica import Replica
+from .router import Router
+
+PROGRESS_EVERY = 1000
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Simulation:
     """What a simulation found.
 
     Attributes:
-        outcomes: one per request, in order of arrival.
+        outcomes: one per job, in their order.
         seconds: from the first arrival to the last token.
         busy: share of that time in which a replica ran steps, mean over replicas.
         steps: of all replicas.
@@ -38,48 +38,11 @@ class Simulation:
     steps: int
 
 
-class Router:
-    """Chooses a replica: predicted to finish its work first, within the lane of the request's floor if there are lanes.
-
-    Args:
-        replicas: how many.
-        lanes: ascending floors; lane i takes floors above ``lanes[i - 1]`` up to ``lanes[i]``, the last one all above.
-            Replicas are dealt to lanes in turn. None: one lane.
-    """
-
-    def __init__(self, replicas: int, lanes: Sequence[int] | None, cost: CostModel, limits: Limits) -> None:
-        bounds = list(lanes or ())
-        if bounds != sorted(set(bounds)) or len(bounds) > replicas:
-            raise PrismError(f"lanes must be ascending floors, at most one per replica ({replicas}), got {bounds}")
-        self._bounds = bounds[:-1]
-        self._left = np.zeros(replicas)  # seconds of work that each still has
-        count = max(1, len(bounds))
-        self._members = [np.arange(lane, replicas, count) for lane in range(count)]
-        self._cost, self._batch = cost, limits.max_running
-
-    def choose(self, request: Request) -> int:
-        """The replica of a request that comes now."""
-        lane = int(np.searchsorted(self._bounds, request.k_min)) if self._bounds else 0
-        members = self._members[lane]
-        chosen = int(members[np.argmin(self._left[members])])
-        self._left[chosen] += self._work(request)
-        return chosen
-
-    def finished(self, outcome: Outcome) -> None:
-        """A request's work is done."""
-        self._left[outcome.replica] -= self._work(outcome.job.request)
-
-    def _work(self, request: Request) -> float:
-        step = self._cost.table(self._batch, request.k_min) / self._batch
-        prefill = self._cost.load([], 0.0, [request.prompt_tokens], [request.k_min])
-        return self._cost.seconds(prefill) + request.max_tokens * step
-
-
 def simulate(
     jobs: Sequence[Job],
-    make_policy: Callable[[], Policy],
+    policy: Policy,
     cost: CostModel,
-    limits: Limits,
+    admission: Admission,
     *,
     replicas: int = 1,
     lanes: Sequence[int] | None = None,
@@ -90,9 +53,9 @@ def simulate(
 
     Args:
         jobs: sorted by arrival.
-        make_policy: one policy per replica.
-        cost: what a step takes.
-        limits: of one replica.
+        policy: of every replica; it keeps nothing between calls.
+        cost: what a step takes; the policy and the admission may have been given another one, to be wrong.
+        admission: answers every request first; its limits are those of one replica.
         replicas: how many engines.
         lanes: see ``Router``.
         repeat: see ``replica``.
@@ -103,43 +66,51 @@ def simulate(
     """
     if replicas < 1 or repeat < 1:
         raise PrismError(f"replicas and repeat must be 1 or more, got {replicas} and {repeat}")
-    _check(jobs, limits)
-    engines = [Replica(i, make_policy(), cost, limits, repeat) for i in range(replicas)]
-    router = Router(replicas, lanes, cost, limits)
+    _check(jobs)
+    outcomes = [_admit(job, admission) for job in jobs]
+    coming = [o for o in outcomes if not o.refused]
+    coming.reverse()
+    engines = [Replica(i, policy, cost, admission.limits, repeat) for i in range(replicas)]
+    router = Router(replicas, lanes, cost, admission.limits)
     events: list[tuple[float, int]] = []
-    outcomes: list[Outcome] = []
-    now, ended, coming = 0.0, 0, 0
-    while ended < len(jobs):
-        arrival = jobs[coming].request.arrival if coming < len(jobs) else math.inf
+    start = now = jobs[0].request.arrival if jobs else 0.0
+    left = len(coming)
+    while left:
+        arrival = coming[-1].job.request.arrival if coming else math.inf
         while events and events[0][0] != engines[events[0][1]].ends:
             heapq.heappop(events)  # its steps were cut by an arrival
-        if not events and arrival == math.inf:
+        if not events and not coming:
             raise RuntimeError("requests wait, but no replica has anything to do: the policy lost them")
         if events and events[0][0] <= arrival:
             now, which = heapq.heappop(events)
             for outcome in engines[which].advance(now):
-                ended += 1
+                left -= 1
                 router.finished(outcome)
-                if progress is not None and ended % 1000 == 0:
-                    progress(ended, len(jobs))
+                if progress is not None and left % PROGRESS_EVERY == 0:
+                    progress(len(jobs) - left, len(jobs))
         else:
-            now, job = arrival, jobs[coming]
-            coming += 1
-            which = router.choose(job.request)
-            outcomes.append(engines[which].submit(job, now))
+            now, outcome = arrival, coming.pop()
+            which = outcome.replica = router.choose(outcome.job.request)
+            engines[which].submit(outcome, now)
         if engines[which].ends < math.inf:
             heapq.heappush(events, (engines[which].ends, which))
-    seconds = now - (jobs[0].request.arrival if jobs else 0.0)
+    seconds = now - start
     busy = sum(engine.busy for engine in engines) / replicas / seconds if seconds else 0.0
     return Simulation(outcomes, seconds, busy, sum(engine.steps for engine in engines))
 
 
-def _check(jobs: Sequence[Job], limits: Limits) -> None:
+def _admit(job: Job, admission: Admission) -> Outcome:
+    try:
+        return Outcome(replace(job, request=admission(job.request)))
+    except Unmeetable:
+        return Outcome(job, refused=True)
+
+
+def _check(jobs: Sequence[Job]) -> None:
     seen: set[str] = set()
     last = -math.inf
     for job in jobs:
         request = job.request
-        limits.check(request)
         if not 1 <= job.output_tokens <= request.max_tokens:
             raise PrismError(
                 f"request {request.id}: output_tokens must be from 1 to max_tokens = {request.max_tokens}, "
