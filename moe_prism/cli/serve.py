@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,6 +26,9 @@ def serve(
     max_prefill: Annotated[int, typer.Option(min=1, help="Prompt tokens of one step.")] = 256,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request's body.")] = 1 << 20,
     drain_seconds: Annotated[float, typer.Option(help="Time for running requests after SIGTERM.")] = 60.0,
+    hopeless: Annotated[
+        Literal["serve", "refuse"], typer.Option(help="Requests whose objectives no budget can meet.")
+    ] = "serve",
     dtype: Annotated[Dtype, typer.Option(help="Of the weights in memory.")] = "auto",
     verify: Annotated[bool, typer.Option(help="Compare the files with their checksums first.")] = True,
 ) -> None:
@@ -45,7 +48,7 @@ def serve(
         from ..serving.load import EngineOptions, check, load
         from .console import compute_dtype, err, load_tokenizer, quiet
 
-        options = EngineOptions(policy, max_running, memory_tokens, max_prefill, k_min)
+        options = EngineOptions(policy, max_running, memory_tokens, max_prefill, k_min, hopeless)
         check(checkpoint, options)
         quiet()
         tokenizer = load_tokenizer(str(checkpoint))

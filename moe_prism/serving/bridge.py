@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from ..engine import Engine, FailedEvent, Generation, TokenEvent
 from ..errors import PrismError
+from ..scheduling import Admission
 from .errors import ApiError
 from .metrics import Metrics, Reason, Track
 
@@ -24,9 +25,15 @@ _IDLE_SECONDS = 0.5
 
 
 class Mailbox:
-    """Events of one HTTP request's generations, in the order in which they came."""
+    """Events of one HTTP request's generations, in the order in which they came.
 
-    def __init__(self, generations: Sequence[Generation]) -> None:
+    Attributes:
+        names: of the generations.
+        best_effort: no budget can meet the objectives that were asked for.
+    """
+
+    def __init__(self, generations: Sequence[Generation], best_effort: bool) -> None:
+        self.best_effort = best_effort
         self.names = [generation.request.id for generation in generations]
         self._events: list[Event] = []
         self._came = asyncio.Event()
@@ -63,6 +70,7 @@ class Bridge:
         self._seconds = 1.0  # of a request, lately
         self._empty = asyncio.Event()
         self._empty.set()
+        self._admission = Admission(engine.policy.cost, engine.limits)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         metrics.watch(self._running, self._waiting, lambda: engine.stats.cache_use if self._open else 0.0)
 
@@ -116,11 +124,12 @@ class Bridge:
                 headers={"Retry-After": str(self._retry_after())},
             )
         try:
+            requests = [self._admission(generation.request) for generation in generations]
             for generation in generations:
                 self.engine.check(generation)
         except PrismError as error:
             raise ApiError(400, str(error)) from None
-        mailbox = Mailbox(generations)
+        mailbox = Mailbox(generations, any(request.best_effort for request in requests))
         for generation in generations:
             self._open[generation.request.id] = (Track(generation.request), mailbox)
             self._metrics.arrived(len(generation.prompt))

@@ -15,7 +15,7 @@ from ..engine import FailedEvent
 from .admission import Job, ServedModel
 from .bridge import Bridge, Event, Mailbox
 from .errors import ApiError
-from .replies import Choice, Reply
+from .replies import Reply
 from .schema import ChatRequest, CompletionRequest
 from .streams import ClientGone, EventStream, unless_gone
 
@@ -39,7 +39,7 @@ class Answering:
             ApiError: refused, or failed before anything was sent.
         """
         mailbox = self._bridge.submit(job.generations)
-        reply = Reply(self._model, job, chat=isinstance(body, ChatRequest))
+        reply = Reply(self._model, job, isinstance(body, ChatRequest), mailbox.best_effort)
         try:
             if not body.stream:
                 return await unless_gone(request.receive, self._whole(mailbox, reply))
@@ -59,7 +59,7 @@ class Answering:
         while not reply.finished:
             events = await mailbox.take()
             _raise_failure(events)
-            for name, _, text in self._said(events, reply):
+            for name, text in self._said(events, reply).items():
                 texts[name].append(text)
         return JSONResponse(reply.whole(texts))
 
@@ -69,7 +69,8 @@ class Answering:
         try:
             events, opening = first, reply.opening()
             while True:
-                chunks = b"".join(reply.chunk(choice, text, always) for _, choice, text in self._said(events, reply))
+                said = self._said(events, reply)
+                chunks = b"".join(reply.chunk(reply.choices[name], text, always) for name, text in said.items())
                 if opening or chunks:
                     yield opening + chunks
                     opening = b""
@@ -83,17 +84,19 @@ class Answering:
         finally:
             self._bridge.close(mailbox)
 
-    def _said(self, events: Sequence[Event], reply: Reply) -> list[tuple[str, Choice, str]]:
-        """The new text of every choice; ends those whose stop text has come."""
-        said = []
+    def _said(self, events: Sequence[Event], reply: Reply) -> dict[str, str]:
+        """The new text of every choice that has any events; ends those whose stop text has come.
+
+        Steps may be faster than the event loop, so a choice may have several events: they become one piece.
+        """
+        said: dict[str, str] = {}
         for event in events:
             choice = reply.choices[event.id]
             if isinstance(event, FailedEvent) or choice.finish_reason is not None:
                 continue
-            text = choice.add(event, self._model.end_tokens)
+            said[event.id] = said.get(event.id, "") + choice.add(event, self._model.end_tokens)
             if choice.text.stopped:
                 self._bridge.finish(event.id, "stop")
-            said.append((event.id, choice, text))
         return said
 
 

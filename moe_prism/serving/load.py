@@ -5,12 +5,11 @@ Knows nothing of HTTP.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,12 +18,11 @@ from ..elastic import dial_of, load_elastic
 from ..engine import Engine, Generation
 from ..errors import PrismError
 from ..scheduling import POLICIES, CostModel, Limits, Request
+from ..scheduling.cost_file import read_cost_model
 from ..scheduling.cost_model import TERMS
 from .admission import ServedModel
 
 logger = logging.getLogger("moe_prism.serving")
-
-COST_FILE = "moe_prism/cost_model.json"
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class EngineOptions:
         memory_tokens: tokens of prompts and outputs that are kept at once.
         max_prefill: prompt tokens of one step.
         k_min: floor of requests that name none; None: full budget.
+        hopeless: what becomes of requests whose objectives no budget can meet: "serve" at the floor, or "refuse".
     """
 
     policy: str = "continuous"
@@ -44,6 +43,7 @@ class EngineOptions:
     memory_tokens: int = 16384
     max_prefill: int = 256
     k_min: int | None = None
+    hopeless: Literal["serve", "refuse"] = "serve"
 
     def limits(self, full_budget: int) -> Limits:
         """Checked against the checkpoint; raises PrismError for impossible values."""
@@ -77,7 +77,8 @@ def load(
     checkpoint = open_checkpoint(path, verify=False)
     limits = options.limits(checkpoint.elastic.full_budget)
     model = load_elastic(path, dtype=dtype, verify=verify)
-    engine = Engine(model, POLICIES.get(options.policy)(cost_model(checkpoint)), limits)
+    policy = POLICIES.get(options.policy)(cost_model(checkpoint))
+    engine = Engine(model, policy, limits, hopeless=options.hopeless)
     config: Any = model.config.get_text_config()
     served = ServedModel(
         name=name,
@@ -96,12 +97,11 @@ def load(
 
 
 def cost_model(checkpoint: ElasticCheckpoint) -> CostModel:
-    """The checkpoint's; where there is none, one to which every step is free, so that nobody runs below what he wants."""
-    file = checkpoint.path / COST_FILE
-    if file.is_file():
-        return CostModel.from_dict(json.loads(file.read_bytes()))
+    """The checkpoint's; where there is none, one to which every step is free, so that nobody gets less than he wants."""
+    if checkpoint.cost_model() is not None:
+        return read_cost_model(checkpoint.path)
     logger.warning(
-        "%s has no cost model: objectives and load do not move budgets. Measure one with `moe-prism profile-cost`",
+        "%s has no cost model: neither load nor objectives will move budgets. Measure one with `moe-prism profile-cost`",
         checkpoint.path,
     )
     elastic = checkpoint.elastic

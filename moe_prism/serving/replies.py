@@ -61,9 +61,11 @@ class Reply:
         model: what is served.
         job: what was asked for.
         chat: which endpoint's field names to use.
+        best_effort: no budget can meet the objectives; the usage says so.
     """
 
-    def __init__(self, model: ServedModel, job: Job, chat: bool) -> None:
+    def __init__(self, model: ServedModel, job: Job, chat: bool, best_effort: bool) -> None:
+        self._best_effort = best_effort
         self._model = model
         self._job = job
         self._chat = chat
@@ -90,6 +92,7 @@ class Reply:
             "completion_tokens": tokens,
             "total_tokens": self._job.prompt_tokens + tokens,
             "mean_k_active": round(work / tokens, 4) if tokens else None,
+            **({"best_effort": True} if self._best_effort else {}),
         }
 
     def whole(self, texts: dict[str, list[str]]) -> dict[str, Any]:
