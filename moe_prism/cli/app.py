@@ -8,6 +8,7 @@ from .demo import demo
 from .export import export
 from .generate import generate
 from .inspect import inspect
+from .profile_cost import profile_cost
 from .refactor import refactor
 from .restore import restore
 from .serve import serve
@@ -21,5 +22,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (refactor, sweep, generate, serve, inspect, restore, export, demo):
+for command in (refactor, sweep, profile_cost, serve, generate, inspect, restore, export, demo):
     app.command(no_args_is_help=command is not demo)(command)

@@ -174,6 +174,11 @@ class Engine:
             cache_use=self._memory.used / self._memory.tokens,
         )
 
+    @property
+    def key_value_bytes(self) -> int:
+        """Memory of all keys and values."""
+        return self._runner.memory.bytes
+
     def step(self) -> list[Event]:
         """Run one step.
 

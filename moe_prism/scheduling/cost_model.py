@@ -205,6 +205,21 @@ class CostModel:
         )
         return curve
 
+    def decode_growth(self, budgets: Ints, context: Floats) -> Floats:
+        """Seconds that decoding adds to a step for the first r of these requests, ``[R]``, r = 1 .. R.
+
+        Args:
+            budgets: ``[R]``.
+            context: tokens of each so far, ``[R]``.
+        """
+        c = dict(zip(TERMS, self.coefficients, strict=True))
+        each = c["decode_tokens"] + c["decode_work"] / self.full_budget * budgets + c["context"] * context
+        below = np.maximum.accumulate(budgets < self.full_budget)
+        untouched = np.exp(np.cumsum(self._log_untouched[budgets]))
+        gated = (c["gated"] + c["gated_tokens"] * np.arange(1, len(budgets) + 1)) * below
+        growth: Floats = c["decode_step"] + np.cumsum(each) + c["touched"] * (1.0 - untouched) + gated
+        return growth
+
     def touched(self, budgets: Ints) -> Floats:
         """Expected share of a layer's sub-experts that decoding requests of budgets ``[X, D]`` use, ``[X]``."""
         share: Floats = 1.0 - np.exp(self._log_untouched[budgets].sum(axis=1))

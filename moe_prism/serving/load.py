@@ -16,9 +16,10 @@ import torch
 from ..checkpoint.read import ElasticCheckpoint, open_checkpoint
 from ..elastic import dial_of, load_elastic
 from ..engine import Engine, Generation
+from ..engine.identity import ENGINE, machine_of
 from ..errors import PrismError
 from ..scheduling import POLICIES, CostModel, Limits, Request
-from ..scheduling.cost_file import read_cost_model
+from ..scheduling.cost_file import load_cost_model
 from ..scheduling.cost_model import TERMS
 from .admission import ServedModel
 
@@ -77,7 +78,7 @@ def load(
     checkpoint = open_checkpoint(path, verify=False)
     limits = options.limits(checkpoint.elastic.full_budget)
     model = load_elastic(path, dtype=dtype, verify=verify)
-    policy = POLICIES.get(options.policy)(cost_model(checkpoint))
+    policy = POLICIES.get(options.policy)(cost_model(checkpoint, machine_of(model)))
     engine = Engine(model, policy, limits, hopeless=options.hopeless)
     config: Any = model.config.get_text_config()
     served = ServedModel(
@@ -96,10 +97,14 @@ def load(
     return served, engine
 
 
-def cost_model(checkpoint: ElasticCheckpoint) -> CostModel:
-    """The checkpoint's; where there is none, one to which every step is free, so that nobody gets less than he wants."""
+def cost_model(checkpoint: ElasticCheckpoint, machine: str) -> CostModel:
+    """The checkpoint's; where there is none, one to which every step is free, so that nobody gets less than he wants.
+
+    Raises:
+        PrismError: it was measured on another machine or engine.
+    """
     if checkpoint.cost_model() is not None:
-        return read_cost_model(checkpoint.path)
+        return load_cost_model(checkpoint, engine=ENGINE, machine=machine)
     logger.warning(
         "%s has no cost model: neither load nor objectives will move budgets. Measure one with `moe-prism profile-cost`",
         checkpoint.path,

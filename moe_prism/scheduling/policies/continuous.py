@@ -6,11 +6,11 @@ decoding. Times are predicted by the cost model:
 
 1. *The step.* A token is due its objective after the one before; requests that are ahead of their schedule lend a part
    of it to a step with prompts in it.
-2. *The line*: prompts that are begun, then waiting requests by ``Continuous.order``, as far as places and memory last.
-   The prompts' excess is the largest with which everyone in the line has a first token in time; nobody decodes at a
-   larger one meanwhile.
-3. *Decoding* has the largest excess with which a step keeps the objectives, and places get free before the requests
-   behind the line are due. It falls at once, and rises slowly and only where there is room to spare.
+2. *The line*: prompts that are begun, then waiting requests by ``Continuous.order``, as far as places and memory last
+   and everyone, at the floor, keeps the pace. The prompts' excess is the largest with which the whole line has its
+   first tokens in time; nobody decodes at a larger one meanwhile.
+3. *Decoding* has the largest excess with which a step keeps the objectives. It falls at once, and rises slowly and only
+   where there is room to spare. Both excesses fall as places or memory run out, before anybody has to wait for them.
 4. *Pieces.* The line's prompts are computed in order, as many tokens as fit into the step beside the decoding; who gets
    none stays in the queue.
 
@@ -24,34 +24,35 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..cost_model import Floats, Ints
-from ..requests import Columns, Running, State, StepPlan
-from .base import POLICIES, Policy, positive
+from ..requests import Columns, Request, Running, State, StepPlan
+from .base import POLICIES, Policy, memory_left, positive
 from .queue import Order, in_turn, those_with_room
 
 LEND = 2.0  # a step with prompts may take this many times a token's objective from requests that are ahead
 HURRY = 0.5  # how far a request that is behind its schedule shortens the step, as a share of its objective
+# running and waiting requests over those that there is room for: where excess begins to fall, and where none is left
+CROWDED, FULL_HOUSE = 0.75, 1.25
 
 
 class _Decoding(NamedTuple):
-    """Requests whose prompt is done, ``[D]``, and what they leave for a step.
+    """Those whose prompt is done, ``[D]``, and what they leave for a step.
 
     Attributes:
-        names: their ids.
+        requests: themselves.
         budgets: at every excess, ``[F, D]``.
         before: excess of the step before, None where there was none.
-        left: tokens that each may still generate, mean.
         steady: seconds of a step that keeps their pace; infinite where D = 0.
         lent: seconds of a step with prompts in it.
         curve: seconds that decoding adds to a step at every excess, ``[F]``.
         capped: the same if no more different sub-experts are loaded than the floors need, ``[F]``.
     """
 
-    names: list[str]
+    requests: list[Request]
     budgets: Ints
     before: int | None
-    left: float
     steady: float
     lent: float
     curve: Floats
@@ -114,12 +115,15 @@ class Continuous(Policy):
     def plan(self, state: State, now: float) -> StepPlan:
         """See ``Policy.plan``."""
         decoding = self._decoding([r for r in state.running if r.prefilled >= r.request.prompt_tokens], state, now)
+        begun = [r for r in state.running if r.prefill_left]
         waiting = Columns.of(state.waiting)
-        order = self.order(waiting, now, state.admitted)
-        fitting, behind = those_with_room(order, waiting, now - waiting.arrival >= self.patience, state)
-        line = self._line([r for r in state.running if r.prefill_left], waiting, fitting, state, now)
-        for_prompts = self._for_prompts(line, decoding, 1.0)
-        excess, cap = self._for_decoding(line, decoding, self._until_free(behind, waiting, decoding, now))
+        late = now - waiting.arrival >= self.patience
+        fitting = those_with_room(self.order(waiting, now, state.admitted), waiting, late, state)
+        fitting = self._in_pace(fitting, waiting, late, begun, decoding)
+        line = self._line(begun, waiting, fitting, state, now)
+        demand = _demand(state, waiting)
+        for_prompts = min(self._for_prompts(line, decoding, 1.0), _uncrowded(demand, 1.0, state))
+        excess, cap = self._for_decoding(line, decoding, demand, state)
         pieces = self._pieces(line, decoding, for_prompts, excess, state.limits.max_prefill)
         prefill = {name: tokens for name, tokens in zip(line.names, pieces, strict=True) if tokens}
         budgets = {
@@ -127,9 +131,9 @@ class Continuous(Policy):
             for name, k in zip(line.names, line.budgets[for_prompts].tolist(), strict=True)
             if name in prefill
         }  # fmt: skip
-        budgets.update(zip(decoding.names, decoding.budgets[excess].tolist(), strict=True))
-        begun = len(line.names) - len(fitting)
-        return StepPlan(tuple(name for name in line.names[begun:] if name in prefill), budgets, prefill, cap)
+        budgets.update(zip((r.id for r in decoding.requests), decoding.budgets[excess].tolist(), strict=True))
+        admit = tuple(name for name in line.names[len(begun) :] if name in prefill)
+        return StepPlan(admit, budgets, prefill, cap)
 
     def order(self, waiting: Columns, now: float, admitted: int = 0) -> Order:
         """Indices of waiting requests, the next one first.
@@ -157,6 +161,12 @@ class Continuous(Policy):
         due: Floats = columns.arrival + self.margin * ttft
         return due
 
+    def _each(self, columns: Columns) -> Floats:
+        """Seconds that a token after the first may take; infinite where the objective binds nobody."""
+        each = np.where(np.isnan(columns.tpot), self.tpot_ms / 1e3, columns.tpot)
+        each[columns.best_effort > 0] = math.inf
+        return each
+
     def _budgets(self, columns: Columns, full_budget: int) -> Ints:
         """At every excess, ``[F, R]``."""
         floor, most = self.bounds(columns, full_budget)
@@ -172,16 +182,14 @@ class Continuous(Policy):
         if self.capped and running:
             capped = self.cost.decode_curve(budgets, context, np.full(len(budgets), self.cost.touched(budgets[:1])[0]))
         first = np.array([now if r.first_token is None else r.first_token for r in running])
-        each = np.where(np.isnan(columns.tpot), self.tpot_ms / 1e3, columns.tpot)
-        each[columns.best_effort > 0] = math.inf
+        each = self._each(columns)
         with np.errstate(invalid="ignore"):
             ahead = np.where(np.isinf(each), math.inf, first + generated * each - now)
         behind = np.maximum(ahead, HURRY * each)
         return _Decoding(
-            [r.request.id for r in running],
+            [r.request for r in running],
             budgets,
             _before(running, budgets),
-            float((columns.max_tokens - generated).mean()) if running else 0.0,
             self.margin * float(np.minimum(behind, each).min(initial=math.inf)),
             self.margin * float(np.minimum(behind, LEND * each).min(initial=math.inf)),
             curve,
@@ -208,23 +216,40 @@ class Continuous(Policy):
             return most
         work = np.cumsum(self.cost.prefill_curve(line.tokens, line.starts, line.budgets), axis=1)
         overhead = self.cost.step_overhead(prompts=True)
-        if decoding.names:  # they take their part of every step
+        if decoding.requests:  # they take their part of every step
             share = 1.0 - (overhead + decoding.capped) / decoding.steady
             times = work / np.maximum(share, 1e-9)[:, None]
         else:
             times = work + overhead
         return _largest((times <= ease * line.due).all(axis=1), work[:, -1])
 
-    def _for_decoding(self, line: _Line, decoding: _Decoding, until_free: float) -> tuple[int, int | None]:
+    def _in_pace(
+        self, fitting: Order, waiting: Columns, late: NDArray[np.bool_], begun: list[Running], decoding: _Decoding
+    ) -> Order:
+        """As many as can decode at their floors, with all who run, and keep everyone's pace; late ones anyway."""
+        running = Columns.of([*(r.request for r in begun), *decoding.requests])
+        first = len(running.arrival)
+        columns = Columns(*(np.concatenate([a, b[fitting]]) for a, b in zip(running, waiting, strict=True)))
+        if len(columns.arrival) < 2:
+            return fitting  # whoever is alone may run
+        floor, _ = self.bounds(columns, self.cost.full_budget)
+        seconds = self.cost.decode_growth(floor.astype(np.int64), columns.prompt_tokens)
+        pace = self.margin * np.minimum.accumulate(self._each(columns))
+        kept = (seconds + self.cost.step_overhead(prompts=False) <= pace)[first:]
+        kept[: 1 - min(first, 1)] = True
+        return fitting[np.logical_and.accumulate(kept) | late[fitting]]
+
+    def _for_decoding(self, line: _Line, decoding: _Decoding, demand: float, state: State) -> tuple[int, int | None]:
         """Excess of decoding requests, and a cap on different sub-experts if there is to be one."""
-        if not decoding.names:
+        if not decoding.requests:
             return 0, None
         overhead = self.cost.step_overhead(prompts=False)
-        limit = min(decoding.steady, until_free)
+        limit = decoding.steady
 
         def most(ease: float) -> int:
             fits = decoding.capped <= ease * limit - overhead
-            return min(_largest(fits, decoding.capped), self._for_prompts(line, decoding, ease))
+            uncrowded = _uncrowded(demand, ease, state)
+            return min(_largest(fits, decoding.capped), self._for_prompts(line, decoding, ease), uncrowded)
 
         excess = most(1.0)
         before = decoding.before
@@ -238,18 +263,6 @@ class Continuous(Policy):
         least, wanted = self.cost.touched(decoding.budgets[[0, excess]])
         return excess, math.ceil(self.cost.sub_experts * (least + (wanted - least) * max(spare, 0.0) / more))
 
-    def _until_free(self, behind: Order, waiting: Columns, decoding: _Decoding, now: float) -> float:
-        """Seconds of a step with which places get free before those behind the line are due.
-
-        The n-th of them needs n places, and with D requests that have ``left`` tokens to go one gets free every
-        left / D steps. They may end before; so this is a lower bound.
-        """
-        if not len(behind) or not decoding.names:
-            return math.inf
-        steps = np.arange(1, len(behind) + 1) * max(1.0, decoding.left) / len(decoding.names)
-        due = self._due(waiting)[behind] - now
-        return max(0.0, float((due / steps).min()))
-
     def _pieces(
         self, line: _Line, decoding: _Decoding, for_prompts: int, excess: int, max_prefill: int | None
     ) -> list[int]:
@@ -259,7 +272,7 @@ class Continuous(Policy):
         budgets = line.budgets[for_prompts : for_prompts + 1]
         seconds = self.cost.prefill_curve(line.tokens, line.starts, budgets)[0]
         room = self.cost.step_overhead(prompts=True)
-        if decoding.names:
+        if decoding.requests:
             room = decoding.lent - room - float(decoding.curve[excess])
             least = min(float(self.piece), float(line.tokens.sum()))
         else:
@@ -286,6 +299,26 @@ def _largest(fits: Any, seconds: Floats) -> int:
     """The largest excess that fits; if none does the fastest, which is not 0 where a gate costs more than it saves."""
     found = np.flatnonzero(fits)
     return int(found[-1] if len(found) else np.argmin(seconds))
+
+
+def _demand(state: State, waiting: Columns) -> float:
+    """Requests that run or wait, over those that there is room for, by places or by memory."""
+    limits = state.limits
+    demand = (len(state.running) + len(state.waiting)) / limits.max_running
+    if limits.memory_tokens is not None:
+        wanted = float((waiting.prompt_tokens + waiting.max_tokens).sum())
+        demand = max(demand, 1.0 + (wanted - memory_left(state)) / limits.memory_tokens)
+    return demand
+
+
+def _uncrowded(demand: float, ease: float, state: State) -> int:
+    """The largest excess at a demand: all of it until places run short, none where too many wait for one.
+
+    A place for one request is never short.
+    """
+    begins = max(CROWDED, 1.0 / state.limits.max_running)
+    share = (ease * FULL_HOUSE - demand) / (FULL_HOUSE - begins)
+    return int((state.limits.full_budget - 1) * min(1.0, max(0.0, share)) + 1e-9)
 
 
 def _before(running: list[Running], budgets: Ints) -> int | None:

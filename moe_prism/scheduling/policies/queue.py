@@ -36,8 +36,8 @@ def in_turn(regular: Order, arrival: Floats, late: Marks, admitted: int) -> Orde
     return np.argsort(rank)
 
 
-def those_with_room(order: Order, waiting: Columns, late: Marks, state: State) -> tuple[Order, Order]:
-    """Those for whom there are places and memory, and the others, both in order.
+def those_with_room(order: Order, waiting: Columns, late: Marks, state: State) -> Order:
+    """Those for whom there are places and memory, in order.
 
     Who needs more memory than is left is overtaken by others, unless it is late and first.
     """
@@ -53,6 +53,4 @@ def those_with_room(order: Order, waiting: Columns, late: Marks, state: State) -
                 chosen.append(i)
                 left -= size[i]
         fitting = np.array(chosen, dtype=np.intp)
-    taken = np.zeros(len(order), dtype=bool)
-    taken[fitting] = True
-    return fitting, order[~taken[order]]
+    return fitting

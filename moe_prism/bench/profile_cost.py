@@ -1,0 +1,240 @@
+"""The one-time benchmark of an engine: times of steps of many kinds, from which the cost model is fitted.
+
+Steps are run by the engine that will serve, plan by plan. A *scene* is a batch of decoding requests of one context; in
+it steps of all budgets are measured, with and without pieces of prompts, each several times in turn, and the median
+counts. After every scene what was measured is kept, so that an interrupted benchmark goes on where it was. Knows no
+policy.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from ..checkpoint.atomic import replace_file
+from ..elastic import full_budget
+from ..engine import Engine, FailedEvent, Generation, Sampling
+from ..engine.identity import ENGINE, machine_of
+from ..errors import PrismError
+from ..experts import find_expert_layers
+from ..scheduling import CostModel, Limits, Policy, Request, State, StepLoad, StepPlan
+from ..scheduling.cost_model import TERMS, fit_held_out
+
+Draws = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is measured.
+
+    Attributes:
+        batches: decoding requests of a scene; one without any is added.
+        contexts: tokens of each before the scene begins.
+        pieces: prompt tokens of a step.
+        shares: budgets, as shares of full budget; and one step of budgets drawn at random.
+        repeats: times that each step is measured.
+        seed: of prompts, random budgets, the order of scenes and the steps held out of the fit.
+    """
+
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    contexts: tuple[int, ...] = (32, 384)
+    pieces: tuple[int, ...] = (8, 32, 128, 256)
+    shares: tuple[float, ...] = (1 / 16, 1 / 4, 1 / 2, 3 / 4, 1.0)
+    repeats: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = (*self.batches, *self.contexts, *self.pieces, self.repeats)
+        if min(numbers) < 1 or not all(0 < share <= 1 for share in self.shares) or not self.batches:
+            raise PrismError(
+                "batches, contexts, pieces and repeats must be 1 or more and shares in (0, 1], got "
+                f"{self.batches}, {self.contexts}, {self.pieces}, {self.repeats}, {self.shares}"
+            )
+
+    def scenes(self) -> list[tuple[int, int]]:
+        """(batch, context) in a random order, so that a machine that slows down does not look like a trend."""
+        found = [(batch, context) for batch in (0, *self.batches) for context in self.contexts]
+        np.random.default_rng(self.seed).shuffle(found)
+        return found
+
+    @property
+    def memory_tokens(self) -> int:
+        """What the largest scene holds."""
+        steps = self.repeats * (len(self.shares) + 1) * (len(self.pieces) + 1)
+        return (max(self.batches) + 1) * (max(self.contexts) + steps + max(self.pieces) + 2)
+
+
+class Step(NamedTuple):
+    """One kind of step in a scene: a budget for each decoding request, and a piece of a prompt or none.
+
+    Attributes:
+        budgets: of the decoding requests.
+        piece: prompt tokens.
+        start: prompt tokens computed before.
+        k_active: of the piece.
+    """
+
+    budgets: tuple[int, ...]
+    piece: int = 0
+    start: int = 0
+    k_active: int = 0
+
+
+@dataclass(frozen=True)
+class _Script(Policy):
+    """Says what it is told."""
+
+    plans: list[StepPlan] = field(default_factory=list)
+
+    def plan(self, state: State, now: float) -> StepPlan:
+        return self.plans.pop(0)
+
+
+class Profiler:
+    """Runs scenes on an engine of its own."""
+
+    def __init__(self, model: PreTrainedModel, grid: Grid) -> None:
+        layers = find_expert_layers(model)
+        full = full_budget(model)
+        self.sub_experts = layers[0].num_experts * full // layers[0].top_k
+        self.grid, self.full = grid, full
+        # only its load() is used
+        self.cost = CostModel((1.0,) * len(TERMS), full, self.sub_experts)
+        self.script = _Script(self.cost)
+        limits = Limits(full, max(grid.batches) + 1, grid.memory_tokens)
+        self.engine = Engine(model, self.script, limits)
+        self._vocabulary = int(model.config.get_text_config().vocab_size)
+        self._names = (f"p{i}" for i in count())
+
+    def scene(self, batch: int, context: int) -> Iterator[tuple[StepLoad, float]]:
+        """Loads and median seconds of all steps of a scene."""
+        rng = np.random.default_rng((self.grid.seed, batch, context))
+        steps = self._steps(batch, context, rng)
+        tokens = self.grid.repeats * len(steps) + 1
+        running = [self._submit(rng, context, tokens + 1) for _ in range(batch)]
+        for name in running:
+            self._run(StepPlan((name,), {name: self.full}, {name: context}))
+        times: list[list[float]] = [[] for _ in steps]
+        loads: list[StepLoad] = []
+        so_far = context + 1
+        for turn in range(self.grid.repeats + 1):
+            for i, step in enumerate(steps if turn else steps[:1]):  # the first turn only warms up
+                seconds = self._measure(running, step, rng)
+                if not turn:
+                    continue
+                times[i].append(seconds)
+                if turn == self.grid.repeats // 2 + 1:
+                    pieces = ([step.piece], [step.k_active], [step.start]) if step.piece else ([], [], [])
+                    loads.append(self.cost.load(step.budgets, float(batch * so_far), *pieces))
+                so_far += 1
+        for name in running:
+            self.engine.cancel(name)
+        self.engine.step()
+        for load, measured in zip(loads, times, strict=True):
+            yield load, float(np.median(measured))
+
+    def _steps(self, batch: int, context: int, rng: Draws) -> list[Step]:
+        budgets = [max(1, round(share * self.full)) for share in self.grid.shares]
+        equal = [(k,) * batch for k in budgets]
+        mixed = tuple(int(k) for k in rng.integers(1, self.full + 1, batch))
+        steps = [Step(each) for each in [*equal, mixed] if batch]
+        starts = (0, context) if not batch else (0,)
+        for piece in self.grid.pieces:
+            for start in starts:
+                for k in budgets if not batch else rng.choice(budgets, 2, replace=False).tolist():
+                    decoding = equal[int(rng.integers(len(equal)))] if batch else ()
+                    steps.append(Step(decoding, piece, start, k))
+        return steps
+
+    def _measure(self, running: list[str], step: Step, rng: Draws) -> float:
+        budgets = dict(zip(running, step.budgets, strict=True))
+        if not step.piece:
+            return self._run(StepPlan((), budgets, {}))
+        name = self._submit(rng, step.start + step.piece, 1)
+        if step.start:
+            self._run(StepPlan((name,), {name: step.k_active}, {name: step.start}))
+        admit = () if step.start else (name,)
+        return self._run(StepPlan(admit, {**budgets, name: step.k_active}, {name: step.piece}))
+
+    def _submit(self, rng: Draws, prompt: int, tokens: int) -> str:
+        name = next(self._names)
+        ids: NDArray[np.int64] = rng.integers(0, self._vocabulary, prompt)
+        request = Request(name, self.engine.clock(), prompt, tokens, 1, self.full)
+        self.engine.submit(Generation(request, ids.tolist(), Sampling()))
+        return name
+
+    def _run(self, plan: StepPlan) -> float:
+        self.script.plans.append(plan)
+        began = time.perf_counter()
+        events = self.engine.step()
+        seconds = time.perf_counter() - began
+        for event in events:
+            if isinstance(event, FailedEvent):
+                raise RuntimeError(f"a step of the benchmark failed: {event.error}")
+        return seconds
+
+
+def profile_cost(
+    model: PreTrainedModel,
+    checkpoint: str,
+    grid: Grid,
+    partial: Path,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> CostModel:
+    """Measure steps and fit the cost model.
+
+    Args:
+        model: elastic, as it will serve.
+        checkpoint: fingerprint of its weights.
+        grid: what to measure.
+        partial: file of what was measured so far; another one's (grid, machine, checkpoint) is overwritten.
+        progress: called with ("measuring steps", scenes done, scenes in all).
+
+    Raises:
+        PrismError: the grid does not fit the model's context.
+    """
+    identity = {"engine": ENGINE, "machine": machine_of(model), "checkpoint": checkpoint}
+    asked = json.loads(json.dumps({"grid": asdict(grid), **identity}))
+    done = _read(partial, asked)
+    profiler = Profiler(model, grid)
+    scenes = grid.scenes()
+    for number, (batch, context) in enumerate(scenes):
+        if progress is not None:
+            progress("measuring steps", number, len(scenes))
+        if f"{batch},{context}" not in done:
+            done[f"{batch},{context}"] = [[*load, seconds] for load, seconds in profiler.scene(batch, context)]
+            replace_file(partial, json.dumps({**asked, "scenes": done}).encode())
+    if progress is not None:
+        progress("measuring steps", len(scenes), len(scenes))
+    rows = [row for batch, context in scenes for row in done[f"{batch},{context}"]]
+    held = profiler.engine.key_value_bytes
+    found = fit_held_out(
+        [StepLoad(*row[:-1]) for row in rows],
+        [row[-1] for row in rows],
+        seed=grid.seed,
+        full_budget=profiler.full,
+        sub_experts=profiler.sub_experts,
+        token_bytes=held // grid.memory_tokens,
+        fixed_bytes=sum(p.nbytes for p in (*model.parameters(), *model.buffers())),
+        **identity,
+    )
+    partial.unlink(missing_ok=True)
+    return found
+
+
+def _read(partial: Path, asked: dict[str, Any]) -> dict[str, list[list[float]]]:
+    try:
+        found = json.loads(partial.read_bytes())
+        scenes: dict[str, list[list[float]]] = found.pop("scenes")
+    except (OSError, ValueError, KeyError):
+        return {}
+    return scenes if found == asked else {}
