@@ -108,13 +108,13 @@ def _job(
         )
     k_min, k_active = budgets(model, body.vllm_xargs)
     name = f"{kind}-{secrets.token_hex(12)}"
-    generations = []
+    generations: list[Generation] = []
     for prompt in prompts:
         if len(prompt) + max_tokens > model.context:
             raise ApiError(
                 400,
-                f"the prompt has {len(prompt)} tokens and max_tokens is {max_tokens}; together they must not exceed the "
-                f"context of {model.context} tokens. Shorten the prompt or lower max_tokens",
+                f"the prompt has {len(prompt)} tokens and max_tokens is {max_tokens}; together they must not exceed "
+                f"the context of {model.context} tokens. Shorten the prompt or lower max_tokens",
                 param="messages" if kind == "chatcmpl" else "prompt",
                 code="context_length_exceeded",
             )
@@ -153,13 +153,13 @@ def budgets(model: ServedModel, quality: Quality) -> tuple[int, int]:
         value = getattr(quality, name)
         if value is not None and not 1 <= value <= full:
             raise ApiError(
-                400, f"vllm_xargs.{name} must be from 1 to {full} (full budget), got {value}", param=f"vllm_xargs.{name}"
+                400,
+                f"vllm_xargs.{name} must be from 1 to {full} (full budget), got {value}",
+                param=f"vllm_xargs.{name}",
             )
     k_active = full if quality.k_active is None else quality.k_active
-    if quality.k_min is not None:
-        k_min = quality.k_min
-    else:
-        k_min = model.k_min if quality.k_active is None else k_active
+    unnamed = model.k_min if quality.k_active is None else k_active
+    k_min = unnamed if quality.k_min is None else quality.k_min
     if k_min > k_active:
         raise ApiError(
             400,
@@ -178,7 +178,9 @@ def _temperature(asked: float | None) -> float:
 def _check_name(model: ServedModel, name: str) -> None:
     if name != model.name:
         raise ApiError(
-            404, f"model: no model {name[:100]!r} here; this server has {model.name!r}", param="model",
+            404,
+            f"model: no model {name[:100]!r} here; this server has {model.name!r}",
+            param="model",
             code="model_not_found",
         )
 

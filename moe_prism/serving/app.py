@@ -24,8 +24,8 @@ from .errors import ApiError, ErrorReply, install
 from .generate import Answering
 from .guard import Guard
 from .metrics import Metrics
-from .web import page_html
 from .schema import ChatRequest, CompletionRequest, allowed
+from .web import page_html
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -184,4 +184,3 @@ def create_app(model: ServedModel, engine: Engine, limits: ServerLimits) -> Fast
         return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
 
     return app
-

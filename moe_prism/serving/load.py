@@ -106,7 +106,7 @@ def cost_model(checkpoint: ElasticCheckpoint, machine: str) -> CostModel:
     if checkpoint.cost_model() is not None:
         return load_cost_model(checkpoint, engine=ENGINE, machine=machine)
     logger.warning(
-        "%s has no cost model: neither load nor objectives will move budgets. Measure one with `moe-prism profile-cost`",
+        "%s has no cost model: load and objectives will not move budgets. Measure one with `moe-prism profile-cost`",
         checkpoint.path,
     )
     elastic = checkpoint.elastic

@@ -96,9 +96,7 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: Sequence[float] = _SECONDS) -> Any:
         return self._make(Histogram, name, text, buckets=buckets)
 
-    def watch(
-        self, running: Callable[[], float], waiting: Callable[[], float], cache: Callable[[], float]
-    ) -> None:
+    def watch(self, running: Callable[[], float], waiting: Callable[[], float], cache: Callable[[], float]) -> None:
         """Where the gauges are read from, at every scrape."""
         self._running.set_function(running)
         self._waiting.set_function(waiting)

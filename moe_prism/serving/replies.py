@@ -102,7 +102,12 @@ class Reply:
             text = "".join(texts[name])
             said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
             choices.append(
-                {"index": choice.index, **said, "logprobs": self._logprobs(choice), "finish_reason": choice.finish_reason}
+                {
+                    "index": choice.index,
+                    **said,
+                    "logprobs": self._logprobs(choice),
+                    "finish_reason": choice.finish_reason,
+                }
             )
         kind = "chat.completion" if self._chat else "text_completion"
         head = {"id": self._job.id, "object": kind, "created": self.created, "model": self._model.name}

@@ -65,7 +65,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 def run(app: FastAPI, taken: socket.socket, drain_seconds: float, ready: Callable[[], None]) -> None:
     """Serve until a signal ends it; ``ready`` is called once requests are taken."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5
+    )
     server = DrainingServer(config, app.state.bridge, drain_seconds)
 
     async def serve() -> None:

@@ -101,9 +101,11 @@ class _Generation(_Body):
 class CompletionRequest(_Generation):
     """Body of /v1/completions."""
 
-    prompt: Annotated[str, Field(min_length=1)] | Tokens | Annotated[
-        list[Annotated[str, Field(min_length=1)] | Tokens], Field(min_length=1, max_length=MAX_CHOICES)
-    ] = Field(description="A text, its tokens, or several of either.")
+    prompt: (
+        Annotated[str, Field(min_length=1)]
+        | Tokens
+        | Annotated[list[Annotated[str, Field(min_length=1)] | Tokens], Field(min_length=1, max_length=MAX_CHOICES)]
+    ) = Field(description="A text, its tokens, or several of either.")
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS, description="Most likely tokens to report.")
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -115,8 +117,8 @@ class CompletionRequest(_Generation):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+            return [self.prompt]
+        return self.prompt
 
 
 class TextPart(_Body):
@@ -152,7 +154,7 @@ class ChatRequest(_Generation):
 
 
 def allowed(field: str) -> str:
-    """What a field may be, for error messages: its range, its few values, or its form; "" where there is no more to say.
+    """What a field may be, for error messages: its range, values or form; "" where there is no more to say.
 
     Args:
         field: its name alone, e.g. "temperature".

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -66,11 +65,17 @@ def live_server(
 
 
 @contextmanager
-def served(checkpoint: Path, *args: str, env: dict[str, str] | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def served(
+    checkpoint: Path, *args: str, env: dict[str, str] | None = None
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """``moe-prism serve`` in a process; gives its address."""
     command = [sys.executable, "-c", "from moe_prism.cli import main; main()", "serve", str(checkpoint), "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--name", NAME, *args], stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **(env or {})}
+        [*command, "--name", NAME, *args],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
     )
     try:
         yield address(process), process

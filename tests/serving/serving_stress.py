@@ -110,7 +110,9 @@ def main() -> None:
                 check(ends, part, url)
                 total += ends
                 memory = resident(process)
-                print(f"{(number + 1) * part:6} requests, {part / (time.perf_counter() - began):.0f}/s, {memory:.1f} MB")
+                print(
+                    f"{(number + 1) * part:6} requests, {part / (time.perf_counter() - began):.0f}/s, {memory:.1f} MB"
+                )
                 # the first fifth fills caches and pools
                 before = memory if number == 1 else before
             assert memory <= 1.05 * before, f"memory grew from {before:.1f} to {memory:.1f} MB"

@@ -100,7 +100,9 @@ def test_an_unknown_model_is_answered_404_with_the_name_of_the_served_one(server
         client.models.retrieve("gpt-5")
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe", b'{"model": NaN}', b'{"a": 1e999}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe", b'{"model": NaN}', b'{"a": 1e999}']
+)
 def test_malformed_bodies_are_answered_400(body: bytes, server: Live) -> None:
     reply = httpx2.post(f"{server.url}/v1/completions", content=body, headers={"content-type": "application/json"})
     assert reply.status_code == 400

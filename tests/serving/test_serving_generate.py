@@ -115,7 +115,9 @@ def test_an_end_token_ends_the_output_and_is_not_part_of_its_text(server: Live, 
     reply = server.client().completions.create(**ask, logprobs=0)
     assert reply.choices[0].finish_reason == "stop"
     assert reply.choices[0].logprobs.tokens[-1] == "</s>"
-    assert reply.choices[0].text == "".join(reply.choices[0].logprobs.tokens[:-1]).replace("<s>", "").replace("<pad>", "")
+    assert reply.choices[0].text == "".join(reply.choices[0].logprobs.tokens[:-1]).replace("<s>", "").replace(
+        "<pad>", ""
+    )
     on = server.client().completions.create(**ask, extra_body={"ignore_eos": True})
     assert on.usage.completion_tokens == 200
 

@@ -22,7 +22,9 @@ def values(text: str) -> dict[str, float]:
 
 
 def request(**changes) -> Request:
-    return Request(**{"id": "a", "arrival": 10.0, "prompt_tokens": 3, "max_tokens": 9, "k_min": 4, "k_active": 16} | changes)
+    return Request(
+        **{"id": "a", "arrival": 10.0, "prompt_tokens": 3, "max_tokens": 9, "k_min": 4, "k_active": 16} | changes
+    )
 
 
 def test_a_request_by_hand() -> None:

@@ -28,7 +28,7 @@ def test_a_killed_server_starts_again_and_sigterm_drains(checkpoint: Path) -> No
         stream = client_of(url).completions.create(**ASK, max_tokens=700, stream=True)
         next(stream)
         process.kill()
-        with pytest.raises(Exception, match="peer closed|Connection") as cut:
+        with pytest.raises(Exception, match=r"peer closed|Connection") as cut:
             list(stream)
         assert not isinstance(cut.value, APIStatusError)
         with pytest.raises(APIConnectionError):
@@ -81,5 +81,5 @@ def test_a_taken_address_is_bad_input() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(PrismError, match=f"127.0.0.1:{port}.*--port"):
             bind("127.0.0.1", port)
-    with pytest.raises(PrismError, match="no.such.host.invalid"):
+    with pytest.raises(PrismError, match=r"no\.such\.host"):
         bind("no.such.host.invalid", 1)
