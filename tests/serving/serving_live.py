@@ -65,18 +65,10 @@ def live_server(
 
 
 @contextmanager
-def served(
-    checkpoint: Path, *args: str, env: dict[str, str] | None = None
-) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def served(checkpoint: Path, *args: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """``moe-prism serve`` in a process; gives its address."""
     command = [sys.executable, "-c", "from moe_prism.cli import main; main()", "serve", str(checkpoint), "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--name", NAME, *args],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **(env or {})},
-    )
+    process = subprocess.Popen([*command, "--name", NAME, *args], stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         yield address(process), process
     finally:
