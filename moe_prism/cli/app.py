@@ -13,6 +13,7 @@ from .pack import pack
 from .profile_cost import profile_cost
 from .refactor import refactor
 from .restore import restore
+from .serve import serve
 from .simulate import simulate
 from .sweep import sweep
 
@@ -29,6 +30,7 @@ for command in (
     sweep,
     profile_cost,
     generate,
+    serve,
     inspect,
     restore,
     export,
