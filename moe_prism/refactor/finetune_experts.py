@@ -29,7 +29,7 @@ _TINY = 1e-30
 def trainable_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts function of a model that is being finetuned; arguments as in ``elastic.layer``."""
     state = require_state(module, "the layer")
-    step = state.dial.step(len(hidden_states), hidden_states.device)
+    step = state.dial.step(len(hidden_states), hidden_states.device, state.number)
     if step is None:
         own: Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
         return own
