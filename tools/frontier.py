@@ -46,7 +46,7 @@ from moe_prism.refactor import load_stock
 SHARES = (0.75, 0.5, 0.25)
 _PAPER = {"solver": "annealing", "impact": "activation"}
 _STATIC = {"solver": "importance", "gate": "static"}
-_FINETUNE = {"objective": "distillation", "steps": 150, "batch": 4, "learning_rate": 0.03}
+_FINETUNE = {"objective": "distillation", "steps": 150, "batch": 4, "learning_rate": 0.05}
 METHODS: dict[str, dict[str, Any]] = {
     "paper: proxy": _PAPER | {"gate": "proxy", "gate_options": {"weighted": False}},
     "paper: linear": _PAPER | {"gate": "linear"},
