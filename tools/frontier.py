@@ -50,7 +50,7 @@ _STATIC = {"solver": "importance", "gate": "static"}
 _PROBE = {"solver": "importance", "gate": "probe"}
 _NEURONS = {"neurons": "gate-first"}
 _BEST = _STATIC | _NEURONS | {"compensation_budgets": 8}
-_FINETUNE = {"objective": "distillation", "steps": 150, "batch": 4, "learning_rate": 0.03}
+_FINETUNE = {"objective": "distillation", "steps": 150, "batch": 4, "learning_rate": 0.05}
 METHODS: dict[str, dict[str, Any]] = {
     "paper: proxy": _PAPER | {"gate": "proxy", "gate_options": {"weighted": False}},
     "paper: linear": _PAPER | {"gate": "linear"},

@@ -137,8 +137,8 @@ def test_finetuning_reads_on_after_the_same_calibration_text(
 ) -> None:
     (tmp_path / "text.txt").write_text("".join(f"{WORDS}{number} " for number in range(2000)))
     name = "gate-first, compensated, finetuned"
-    how = frontier.METHODS[name] | {"finetune": {"steps": 2, "batch": 2}}
-    monkeypatch.setitem(frontier.METHODS, name, how)
+    how = frontier.ALL[name] | {"finetune": {"steps": 2, "batch": 2}}
+    monkeypatch.setitem(frontier.ALL, name, how)
     texts = []
     real = frontier.make_elastic
     monkeypatch.setattr(
