@@ -12,36 +12,13 @@ from typing import Any
 import numba
 import numpy as np
 
-from .compiled import inner, parallel, serial, widen
+from .compiled import inner, parallel, serial
+from .digit_rows import add_digits, dot_digits
 from .gated import total, widened
 from .neurons import keep_best
 from .threads import Kernel
 
 Array = Any
-
-
-@inner
-def _dot(digits: Array, scale: Array, v: Array, sums: Array) -> Any:
-    """``sum of scale * (digit - 8) * v``; ``sums`` are those of v over groups of 32."""
-    result = np.float32(0)
-    for g in range(scale.shape[0]):
-        packed, first, second = digits[16 * g : 16 * g + 16], v[32 * g : 32 * g + 16], v[32 * g + 16 : 32 * g + 32]
-        s = np.float32(0)
-        for j in range(16):
-            s += np.float32(packed[j] & 15) * first[j] + np.float32(packed[j] >> 4) * second[j]
-        result += widen(scale[g]) * (s - np.float32(8) * sums[g])
-    return result
-
-
-@inner
-def _add(y: Array, w: Any, digits: Array, scale: Array) -> None:
-    """``y += w * scale * (digit - 8)``."""
-    for g in range(scale.shape[0]):
-        packed, first, second = digits[16 * g : 16 * g + 16], y[32 * g : 32 * g + 16], y[32 * g + 16 : 32 * g + 32]
-        factor = w * widen(scale[g])
-        for j in range(16):
-            first[j] += factor * (np.float32(packed[j] & 15) - np.float32(8))
-            second[j] += factor * (np.float32(packed[j] >> 4) - np.float32(8))
 
 
 @inner
@@ -59,9 +36,15 @@ def _raised(score: Array, token: Array, count: Array) -> Any:
         while end < score.shape[0] and token[end] == t:
             end += 1
         best = min(count[t], end - begin)
-        order = np.argsort(-score[begin:end], kind="mergesort")
-        for i in order[:best]:
-            out[begin + i] = True
+        if best:
+            mine = score[begin:end]
+            least = np.partition(mine, end - begin - best)[end - begin - best]
+            equals = best - np.sum(mine > least)
+            for i in range(begin, end):
+                out[i] = score[i] > least
+                if score[i] == least and equals:
+                    out[i] = True
+                    equals -= 1
         begin = end
     return out
 
@@ -85,17 +68,13 @@ def _digit_neurons(
     down_upper, down_lower, down_steps = down
     pairs, size = token.shape[0], neurons // n
     tokens = widened(x)
-    sums = np.zeros((x.shape[0], x.shape[1] // 32), np.float32)
-    for t in range(x.shape[0]):
-        for h in range(x.shape[1]):
-            sums[t, h // 32] += tokens[t, h]
     gate = np.empty((pairs, size), np.float32)
     score = np.empty((pairs, size), np.float32)
     for thread in numba.prange(threads):
         for i in range(thread * pairs * size // threads, (thread + 1) * pairs * size // threads):
             s, c = i // size, i % size
             row = sub_expert[s] // n * 2 * neurons + sub_expert[s] % n * size + c
-            value = np.float32(16) * _dot(upper[row], steps[row], tokens[token[s]], sums[token[s]])
+            value = np.float32(16) * dot_digits(upper[row], steps[row], tokens[token[s]])
             gate[s, c] = value
             much = abs(weight[s] * _silu(value)) * scale[sub_expert[s], c]
             score[s, c] = np.float32(np.inf) if np.isnan(much) else much
@@ -107,23 +86,23 @@ def _digit_neurons(
     second = np.empty(kept, np.float32)
     for thread in numba.prange(threads):
         for i in range(thread * kept // threads, (thread + 1) * kept // threads):
-            up[i] = np.float32(16) * _dot(upper[up_row[i]], steps[up_row[i]], tokens[owner[i]], sums[owner[i]])
+            up[i] = np.float32(16) * dot_digits(upper[up_row[i]], steps[up_row[i]], tokens[owner[i]])
             much = abs(weight[pair[i]] * _silu(gate[pair[i], neuron[i]]) * up[i]) * norms[down_row[i]]
             second[i] = np.float32(np.inf) if np.isnan(much) else much
     high = _raised(second, owner, raise_count)
     out = np.zeros((threads, x.shape[0], x.shape[1]), np.float32)
     for thread in numba.prange(threads):
         for i in range(thread * kept // threads, (thread + 1) * kept // threads):
-            v, s, y = tokens[owner[i]], sums[owner[i]], out[thread, owner[i]]
+            v, y = tokens[owner[i]], out[thread, owner[i]]
             g, u, row = gate[pair[i], neuron[i]], up[i], down_row[i]
             if high[i]:
                 gate_row = up_row[i] - neurons
-                g += _dot(lower[gate_row], steps[gate_row], v, s)
-                u += _dot(lower[up_row[i]], steps[up_row[i]], v, s)
+                g += dot_digits(lower[gate_row], steps[gate_row], v)
+                u += dot_digits(lower[up_row[i]], steps[up_row[i]], v)
             active = weight[pair[i]] * _silu(g) * u
-            _add(y, np.float32(16) * active, down_upper[row], down_steps[row])
+            add_digits(y, np.float32(16) * active, down_upper[row], down_steps[row])
             if high[i]:
-                _add(y, active, down_lower[row], down_steps[row])
+                add_digits(y, active, down_lower[row], down_steps[row])
     return total(out, x)
 
 

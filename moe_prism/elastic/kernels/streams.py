@@ -17,12 +17,12 @@ from numba.extending import intrinsic
 # Without annotations upstream.
 cgutils: Any = _cgutils
 types: Any = _types
-_WIDTH = 16  # two registers of AVX2, one of AVX-512
+WIDTH = 16  # two registers of AVX2, one of AVX-512
 _ROWS = 4
 _BYTE, _HALF, _WORD, _INDEX, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_FLOATS = ir.VectorType(_FLOAT, _WIDTH)
-_HALVES = ir.VectorType(_HALF, _WIDTH)
-_WORDS = ir.VectorType(_WORD, _WIDTH)
+FLOATS = ir.VectorType(_FLOAT, WIDTH)
+_HALVES = ir.VectorType(_HALF, WIDTH)
+_WORDS = ir.VectorType(_WORD, WIDTH)
 _INDICES = types.UniTuple(types.int64, _ROWS)
 _SUMS = types.UniTuple(types.float32, _ROWS)
 
@@ -37,7 +37,7 @@ def _fits(rows: Any, *vectors: Any) -> bool:
     )
 
 
-class _Code:
+class Code:
     """Instructions of one loop over rows of bfloat16 (as uint16) or fp32."""
 
     def __init__(self, context: Any, builder: Any, kind: Any, rows: Any) -> None:
@@ -45,7 +45,7 @@ class _Code:
         array = context.make_array(kind)(context, builder, rows)
         self.data = array.data
         self.hidden = builder.extract_value(array.shape, 1)
-        self.whole = builder.and_(self.hidden, ir.Constant(_INDEX, -_WIDTH))
+        self.whole = builder.and_(self.hidden, ir.Constant(_INDEX, -WIDTH))
         self.is_bfloat16 = kind.dtype == types.uint16
 
     def starts(self, indices: Any) -> list[Any]:
@@ -54,22 +54,24 @@ class _Code:
         return [self.builder.gep(self.data, [self.builder.mul(value, self.hidden)]) for value in values]
 
     def loop(self, start: Any, stop: Any, step: int) -> Any:
+        """A loop over int64."""
         return cgutils.for_range_slice(self.builder, start, stop, ir.Constant(_INDEX, step), _INDEX)
 
     def at(self, pointer: Any, h: Any) -> Any:
+        """The address of element h."""
         return self.builder.gep(pointer, [h])
 
     def floats(self, pointer: Any) -> Any:
         """16 fp32 values at an address."""
-        return self.builder.load(self.builder.bitcast(pointer, _FLOATS.as_pointer()), align=4)
+        return self.builder.load(self.builder.bitcast(pointer, FLOATS.as_pointer()), align=4)
 
     def weights(self, pointer: Any) -> Any:
         """16 weights as fp32."""
         if not self.is_bfloat16:
             return self.floats(pointer)
         halves = self.builder.load(self.builder.bitcast(pointer, _HALVES.as_pointer()), align=2)
-        shift = ir.Constant(_WORDS, [16] * _WIDTH)
-        return self.builder.bitcast(self.builder.shl(self.builder.zext(halves, _WORDS), shift), _FLOATS)
+        shift = ir.Constant(_WORDS, [16] * WIDTH)
+        return self.builder.bitcast(self.builder.shl(self.builder.zext(halves, _WORDS), shift), FLOATS)
 
     def weight(self, pointer: Any) -> Any:
         """One weight as fp32."""
@@ -90,12 +92,13 @@ class _Code:
         return self.builder.fadd(self.builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
 
     def broadcast(self, value: Any) -> Any:
-        one = self.builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, _WORD(0))
-        return self.builder.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), ir.Constant(_WORDS, [0] * _WIDTH))
+        """A vector of one value."""
+        one = self.builder.insert_element(ir.Constant(FLOATS, ir.Undefined), value, _WORD(0))
+        return self.builder.shuffle_vector(one, ir.Constant(FLOATS, ir.Undefined), ir.Constant(_WORDS, [0] * WIDTH))
 
     def sum(self, vector: Any) -> Any:
         """Sum of a vector, halves first."""
-        width = _WIDTH
+        width = WIDTH
         while width > 1:
             width //= 2
             lanes = ir.VectorType(_WORD, width)
@@ -121,11 +124,11 @@ def _dot_4_rows(_context: Any, rows: Any, at: Any, ahead: Any, v: Any) -> Any:
         return None
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        code = _Code(context, builder, signature.args[0], arguments[0])
+        code = Code(context, builder, signature.args[0], arguments[0])
         token = context.make_array(signature.args[3])(context, builder, arguments[3]).data
         now, later = code.starts(arguments[1]), code.starts(arguments[2])
-        sums = [cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, [0.0] * _WIDTH)) for _ in now]
-        with code.loop(_INDEX(0), code.whole, _WIDTH) as (h, _):
+        sums = [cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [0.0] * WIDTH)) for _ in now]
+        with code.loop(_INDEX(0), code.whole, WIDTH) as (h, _):
             x = code.floats(code.at(token, h))
             for row, following, total in zip(now, later, sums, strict=True):
                 code.prefetch(code.at(following, h))
@@ -149,18 +152,18 @@ def _add_4_rows(_context: Any, y: Any, w: Any, rows: Any, at: Any, ahead: Any) -
         return None
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        code = _Code(context, builder, signature.args[2], arguments[2])
+        code = Code(context, builder, signature.args[2], arguments[2])
         out = context.make_array(signature.args[0])(context, builder, arguments[0]).data
         now, later = code.starts(arguments[3]), code.starts(arguments[4])
         ones = cgutils.unpack_tuple(builder, arguments[1], _ROWS)
         wide = [code.broadcast(one) for one in ones]
-        with code.loop(_INDEX(0), code.whole, _WIDTH) as (h, _):
+        with code.loop(_INDEX(0), code.whole, WIDTH) as (h, _):
             place = code.at(out, h)
             total = code.floats(place)
             for row, following, factor in zip(now, later, wide, strict=True):
                 code.prefetch(code.at(following, h))
                 total = code.multiply_add(code.weights(code.at(row, h)), factor, total)
-            builder.store(total, builder.bitcast(place, _FLOATS.as_pointer()), align=4)
+            builder.store(total, builder.bitcast(place, FLOATS.as_pointer()), align=4)
         with code.loop(code.whole, code.hidden, 1) as (h, _):
             place = code.at(out, h)
             total = builder.load(place)
