@@ -16,6 +16,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 WINDOW = 16
@@ -77,14 +78,28 @@ class Sharing:
             thresholds: fp32 ``[full + 1]`` of the layer on the CPU, falling.
         """
         self._fit(requests)
-        on_host = (x.detach().float().cpu().contiguous().numpy() for x in (scores, weights))
-        given = budgets.numpy(), requests.numpy(), *on_host, weighted, thresholds.numpy()
-        return torch.from_numpy(_share(*given, self.strength, self._accounts[layer], float(WINDOW)))
+        chosen = _share(
+            budgets.numpy(),
+            requests.numpy(),
+            _on_host(scores),
+            _on_host(weights),
+            weighted,
+            thresholds.numpy(),
+            self.strength,
+            self._accounts[layer],
+            float(WINDOW),
+        )
+        return torch.from_numpy(chosen)
 
     def _fit(self, requests: Tensor) -> None:
         more = int(requests.max()) + 1 - self._accounts.shape[1] if len(requests) else 0
         if more > 0:
             self._accounts = np.pad(self._accounts, ((0, 0), (0, more)))
+
+
+def _on_host(values: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = values.detach().float().cpu().contiguous().numpy()
+    return array
 
 
 @numba.njit(cache=True, nogil=True)
