@@ -25,7 +25,6 @@ from .dial import Dial, StepBudgets
 from .executors import NeuronRule, choose_executor
 from .ladder import LadderPlan, run_ladder
 from .selection import gather_selection, pooled_scores, softmax_weights, whole_experts
-from .sharing import relative_scores
 
 
 @dataclass
@@ -103,7 +102,7 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
     if step is not None:
         scores = state.gate.score(module, state.on(hidden_states.device), hidden_states, index, n)
         if step.means is not None:
-            step = _share(state, step, scores.values.detach(), top_k_weights.detach(), valid)
+            step = _share(state, step, scores.values, top_k_weights, valid)
     look, neurons = (step, None) if step is None else state.dial.spend(step)
     executor = choose_executor(state.dial.executor, module, hidden_states, top_k_index.shape[1], neurons is not None)
     if step is None and not executor.runs_full:
@@ -157,8 +156,8 @@ def _share(
     assert state.thresholds is not None  # attached together with it
     if valid is not None:
         raise PrismError(f"{state.name}: tokens cannot share budgets under expert parallelism; turn sharing off")
-    relative = relative_scores(scores, weights, state.gate.weighted)
-    mine = sharing.share(state.number, step.means, step.requests, relative, state.thresholds)
+    whose = step.means, step.requests
+    mine = sharing.share(state.number, *whose, scores, weights, state.gate.weighted, state.thresholds)
     return StepBudgets(mine.to(scores.device), pairs=int(mine.sum()))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 WINDOW = 16
@@ -57,24 +58,38 @@ class Sharing:
         """What a request has left over in a layer, in sub-experts."""
         return float(self._accounts[layer, request])
 
-    def share(self, layer: int, budgets: Tensor, requests: Tensor, relative: Tensor, thresholds: Tensor) -> Tensor:
-        """Sub-experts that every token may run: int64 ``[T]``, from 1 to full budget.
+    def share(
+        self,
+        layer: int,
+        budgets: Tensor,
+        requests: Tensor,
+        scores: Tensor,
+        weights: Tensor,
+        weighted: bool,
+        thresholds: Tensor,
+    ) -> Tensor:
+        """Sub-experts that every token may run: int64 ``[T]`` on the CPU, from 1 to full budget.
 
         Args:
             layer: its number.
             budgets: float64 ``[T]`` on the CPU, means; full budget is always given in full.
             requests: int64 ``[T]`` on the CPU, whose token each is; those of a request in their order.
-            relative: ``[T, k * N]``, from ``relative_scores``.
-            thresholds: fp32 ``[full + 1]`` of the layer, falling.
+            scores, weights, weighted: as of ``relative_scores``.
+            thresholds: fp32 ``[full + 1]`` of the layer on the CPU, falling.
         """
         self._fit(requests)
-        low = thresholds[budgets.floor().long()].to(relative.device)
-        high = thresholds[budgets.ceil().long()].to(relative.device)
-        wanted = ((relative > low[:, None]).sum(1) + (relative > high[:, None]).sum(1)).cpu()
-        account = self._accounts[layer]
-        return torch.from_numpy(
-            _share(budgets.numpy(), requests.numpy(), wanted.numpy() / 2, self.strength, account, float(WINDOW))
+        chosen = _share(
+            budgets.numpy(),
+            requests.numpy(),
+            _on_host(scores),
+            _on_host(weights),
+            weighted,
+            thresholds.numpy(),
+            self.strength,
+            self._accounts[layer],
+            float(WINDOW),
         )
+        return torch.from_numpy(chosen)
 
     def _fit(self, requests: Tensor) -> None:
         more = int(requests.max()) + 1 - self._accounts.shape[1] if len(requests) else 0
@@ -82,8 +97,38 @@ class Sharing:
             self._accounts = np.pad(self._accounts, ((0, 0), (0, more)))
 
 
+def _on_host(values: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = values.detach().float().cpu().contiguous().numpy()
+    return array
+
+
 @numba.njit(cache=True, nogil=True)
-def _share(budgets: Any, requests: Any, wanted: Any, strength: Any, account: Any, window: float) -> Any:
+def _wanted(scores: Any, weights: Any, weighted: bool, low: Any, high: Any) -> Any:
+    """Scores of one token above a threshold: the mean of two counts."""
+    total = np.float32(0)
+    for s in range(weights.shape[0]):
+        total += weights[s]
+    above = 0
+    for s in range(weights.shape[0]):
+        part = weights[s] / max(total, np.float32(1e-20)) if weighted else np.float32(1)
+        for i in range(scores.shape[1]):
+            value = scores[s, i] * part
+            above += (value > low) + (value > high)
+    return above / 2
+
+
+@numba.njit(cache=True, nogil=True)
+def _share(
+    budgets: Any,
+    requests: Any,
+    scores: Any,
+    weights: Any,
+    weighted: bool,
+    thresholds: Any,
+    strength: Any,
+    account: Any,
+    window: float,
+) -> Any:
     full = strength.shape[0] - 1
     out = np.empty(budgets.shape[0], np.int64)
     for t in range(budgets.shape[0]):
@@ -91,9 +136,10 @@ def _share(budgets: Any, requests: Any, wanted: Any, strength: Any, account: Any
         if budget >= full:
             out[t] = full
             continue
-        left = account[request]
-        part = strength[int(budget)]
-        wants = np.floor(budget + part * (wanted[t] - budget) + left / window + 0.5)
+        left, below = account[request], int(budget)
+        above = below if budget == below else below + 1
+        wanted = _wanted(scores[t], weights[t], weighted, thresholds[below], thresholds[above])
+        wants = np.floor(budget + strength[below] * (wanted - budget) + left / window + 0.5)
         gets = max(1.0, min(wants, np.floor(budget + left + 1e-9), full))
         account[request] = max(0.0, left + budget - gets)
         out[t] = int(gets)

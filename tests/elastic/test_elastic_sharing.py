@@ -26,9 +26,9 @@ THRESHOLDS = torch.tensor([torch.inf, *np.linspace(0.9, 0.1, FULL - 1).tolist(),
 
 
 def shared(sharing: Sharing, budgets: list[float], requests: list[int], seed: int, spread: float = 1.0) -> torch.Tensor:
-    relative = torch.rand(len(budgets), FULL, generator=torch.Generator().manual_seed(seed)) ** spread
+    scores = torch.rand(len(budgets), 2, FULL // 2, generator=torch.Generator().manual_seed(seed)) ** spread
     means = torch.tensor(budgets, dtype=torch.float64)
-    return sharing.share(0, means, torch.tensor(requests), relative, THRESHOLDS)
+    return sharing.share(0, means, torch.tensor(requests), scores, torch.ones(len(budgets), 2), False, THRESHOLDS)
 
 
 @settings(deadline=None)  # the first call compiles
@@ -46,18 +46,20 @@ def test_the_mean_is_never_exceeded_and_nearly_reached(
     assert sharing.account(0, 0) == pytest.approx(target[-1] - total[-1], abs=1e-6)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 2), min_size=1, max_size=40), st.lists(st.integers(1, 39), max_size=5), st.integers(0, 99)
 )
 def test_chunks_and_neighbours_do_not_matter(requests: list[int], cuts: set[int], seed: int) -> None:
-    relative = torch.rand(len(requests), FULL, generator=torch.Generator().manual_seed(seed))
+    scores = torch.rand(len(requests), 2, FULL // 2, generator=torch.Generator().manual_seed(seed))
     means = torch.tensor([2.5, 4.0, float(FULL)], dtype=torch.float64)[requests]
     of = torch.tensor(requests)
 
     def run(parts: list[torch.Tensor]) -> torch.Tensor:
         sharing, out = Sharing([1.0] * FULL, 1), torch.zeros(len(of), dtype=torch.int64)
         for part in parts:
-            out[part] = sharing.share(0, means[part], of[part], relative[part], THRESHOLDS)
+            chosen = scores[part]
+            out[part] = sharing.share(0, means[part], of[part], chosen, chosen[..., 0], True, 0.5 * THRESHOLDS)
         return out
 
     everyone = torch.arange(len(of))
@@ -82,8 +84,24 @@ def test_tokens_with_concentrated_scores_take_less() -> None:
     torch.testing.assert_close(relative, scores.flatten(1) / 2)
     means = torch.tensor([2.0, 2.0, 2.0], dtype=torch.float64)
     thresholds = torch.tensor([torch.inf, 0.6, 0.3, 0.2, -torch.inf])
-    got = Sharing([1.0] * 4, 1).share(0, means, torch.zeros(3).long(), relative[[1, 1, 0]], thresholds)
+    these = scores[[1, 1, 0]]
+    got = Sharing([1.0] * 4, 1).share(0, means, torch.zeros(3).long(), these, torch.full((3, 2), 0.3), True, thresholds)
     assert got.tolist() == [1, 1, 4]
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_what_a_token_wants_is_the_count_of_its_relative_scores(weighted: bool) -> None:
+    torch.manual_seed(0)
+    scores, weights = torch.rand(50, 2, 4), torch.rand(50, 2)
+    relative = relative_scores(scores, weights, weighted)
+    thresholds = relative.flatten().quantile(torch.linspace(1, 0, FULL + 1)) + 1e-6
+    counts = (relative > thresholds[3]).sum(1).clamp(min=1)
+    for t in range(50):
+        sharing = Sharing([1.0] * FULL, 1)
+        sharing._accounts = np.full((1, 1), float(WINDOW - 9))  # enough to get it, too little to be spent
+        token = scores[t : t + 1], weights[t : t + 1], weighted, thresholds
+        got = sharing.share(0, torch.tensor([3.0], dtype=torch.float64), torch.tensor([0]), *token)
+        assert got.tolist() == [int(counts[t])]
 
 
 @pytest.fixture(scope="module")
