@@ -139,6 +139,8 @@ def _parse(rows: csv.DictReader[str], name: str) -> Trace:
         if prompt < 1 or output < 1:
             raise PrismError(f"{where}: tokens must be 1 or more, got {prompt} and {output}")
         start = start or at
+        if (at.tzinfo is None) != (start.tzinfo is None):
+            raise PrismError(f"{where}: {row['TIMESTAMP']} and the first line must both name a time zone, or none")
         seconds = (at - start).total_seconds()
         if arrivals and seconds < arrivals[-1]:
             raise PrismError(f"{where}: its time {row['TIMESTAMP']} is before the line in front; sort the trace")
