@@ -124,7 +124,8 @@ def _parse(rows: csv.DictReader[str], name: str) -> Trace:
     columns = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
     missing = [column for column in columns if column not in (rows.fieldnames or ())]
     if missing:
-        raise PrismError(f"trace {name} has no column {', '.join(missing)}; it has {rows.fieldnames}")
+        found = ", ".join(rows.fieldnames or ()) or "none"
+        raise PrismError(f"trace {name} has no column {', '.join(missing)}; it has {found}")
     arrivals: list[float] = []
     prompts: list[int] = []
     outputs: list[int] = []

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from scheduling_samples import FULL, SUB_EXPERTS, cost_model, request, run, workloads
 
 from moe_prism.errors import PrismError
-from moe_prism.scheduling import POLICIES, CostModel, Job, Limits, Outcome, Policy, Request, State, StepPlan
+from moe_prism.scheduling import POLICIES, Admission, CostModel, Job, Limits, Outcome, Policy, Request, State, StepPlan
 from moe_prism.scheduling.cost_model import TERMS
-from moe_prism.scheduling.simulator import Router
+from moe_prism.scheduling.simulator import Router, simulate
 
 COST = cost_model()
 LIMITS = Limits(FULL, 8)
+ADMISSION = Admission(COST, LIMITS)
 # 1 s a step, and 0.1 s for a prompt token: easy to follow by hand
 PLAIN = CostModel(tuple({"step": 1.0, "prefill_tokens": 0.1}.get(term, 0.0) for term in TERMS), FULL, SUB_EXPERTS)
 
@@ -94,9 +95,9 @@ def test_policies_that_lose_requests_or_stand_still_are_found_out() -> None:
 
 def test_a_wrong_cost_model_misleads_the_policy_but_not_the_clock() -> None:
     slow = cost_model(step=0.2)
-    jobs = [Job(request(tpot_ms=100.0, ttft_ms=900.0), 5)]
-    found = run(jobs, policy("continuous"), LIMITS, cost=slow).outcomes[0]
+    found = simulate([Job(request(tpot_ms=100.0, ttft_ms=900.0), 5)], policy("continuous"), slow, ADMISSION).outcomes[0]
     assert found.prompt_budgets == {FULL: 20}  # it believes that there is time
+    assert not found.job.request.best_effort
     assert found.finished > 1.0
 
 
