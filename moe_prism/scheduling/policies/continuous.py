@@ -128,7 +128,7 @@ class Continuous(Policy):
         running = [r for r in state.running if r.prefilled >= r.request.prompt_tokens] if begun else state.running
         decoding = self._decoding(running, Columns(*everyone[decodes].T), full, now)
         waiting = Columns.rows(state.waiting)
-        fitting = self._fitting(everyone, waiting, state, now)
+        fitting = self._fitting(everyone, waiting, decoding, state, now)
         names = [r.request.id for r in begun] + [state.waiting[i].id for i in fitting.tolist()]
         line = self._line(names, np.concatenate([everyone[~decodes], waiting[fitting]]), begun, decoding, full, now)
         demand = _demand(state, Columns(*waiting.T))
@@ -141,20 +141,26 @@ class Continuous(Policy):
         budgets.update(zip(decoding.names, decoding.budgets[excess].tolist(), strict=True))
         return StepPlan(tuple(name for name in names[len(begun) :] if name in prefill), budgets, prefill, cap)
 
-    def order(self, waiting: Columns, now: float, admitted: int = 0) -> Order:
+    def order(self, waiting: Columns, decoding: _Decoding, state: State, now: float) -> Order:
         """Indices of waiting requests, the next one first.
 
         By priority; of equal ones those that can still have their first token in time, then by when it is due. Those
         that have waited ``patience`` seconds are every second one, in order of arrival, as long as there are any.
-
-        Args:
-            waiting: requests, ``[W]``.
-            now: in seconds.
-            admitted: requests admitted so far; after an even number it is the turn of those who have waited.
         """
         due = self._due(waiting)
-        regular = np.lexsort((waiting.arrival, due, due < now, waiting.priority))
-        return in_turn(regular, waiting.arrival, now - waiting.arrival >= self.patience, admitted)
+        floor, _ = self.bounds(waiting, state.limits.full_budget)
+        least = self.cost.prefill_curve(waiting.prompt_tokens, np.zeros(len(due)), floor[None].astype(np.int64))[0]
+        missed = now + self._beside(least, decoding, 0) > due
+        regular = np.lexsort((waiting.arrival, due, missed, waiting.priority))
+        return in_turn(regular, waiting.arrival, now - waiting.arrival >= self.patience, state.admitted)
+
+    def _beside(self, seconds: Floats, decoding: _Decoding, excess: int | slice) -> Floats:
+        """How long prompts take that would take so long alone: decoding takes its part of every step."""
+        overhead = self.cost.step_overhead(prompts=True)
+        if not decoding.names:
+            return seconds + overhead
+        share = np.maximum(1.0 - (overhead + decoding.capped[excess]) / decoding.steady, 1e-9)
+        return seconds / (share[:, None] if isinstance(excess, slice) else share)
 
     def bounds(self, columns: Columns, full_budget: int) -> tuple[Floats, Floats]:
         """Least and most budget of each request, ``[R]``."""
@@ -202,7 +208,7 @@ class Continuous(Policy):
             capped,
         )
 
-    def _fitting(self, everyone: Floats, waiting: Floats, state: State, now: float) -> Order:
+    def _fitting(self, everyone: Floats, waiting: Floats, decoding: _Decoding, state: State, now: float) -> Order:
         """Those of the waiting requests for whom there is room, and time for a step with all at their floors.
 
         Late ones count on no time.
@@ -211,7 +217,7 @@ class Continuous(Policy):
             return np.empty(0, dtype=np.intp)
         columns = Columns(*waiting.T)
         late = now - columns.arrival >= self.patience
-        fitting = those_with_room(self.order(columns, now, state.admitted), columns, late, state)
+        fitting = those_with_room(self.order(columns, decoding, state, now), columns, late, state)
         columns = Columns(*np.concatenate([everyone, waiting[fitting]]).T)
         floor, _ = self.bounds(columns, state.limits.full_budget)
         seconds = self.cost.decode_growth(floor.astype(np.int64), columns.prompt_tokens)
@@ -228,13 +234,8 @@ class Continuous(Policy):
         starts[: len(begun)] = [r.prefilled for r in begun]
         tokens = columns.prompt_tokens - starts
         budgets = self._budgets(columns, full_budget)
-        overhead = self.cost.step_overhead(prompts=True)
-        times = np.cumsum(self.cost.prefill_curve(tokens, starts, budgets), axis=1)
-        if decoding.names:  # they take their part of every step
-            share = 1.0 - (overhead + decoding.capped) / decoding.steady
-            times = times / np.maximum(share, 1e-9)[:, None]
-        else:
-            times = times + overhead
+        work = np.cumsum(self.cost.prefill_curve(tokens, starts, budgets), axis=1)
+        times = self._beside(work, decoding, slice(None))
         return _Line(names, tokens, starts, budgets, self._due(columns) - now, times)
 
     def _for_decoding(self, line: _Line, decoding: _Decoding, demand: float, state: State) -> tuple[int, int | None]:
