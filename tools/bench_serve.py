@@ -39,8 +39,9 @@ from serve_bench.alone import alone
 from moe_prism.bench.http_load import HttpLoad
 from moe_prism.checkpoint.atomic import replace_file
 from moe_prism.checkpoint.read import open_checkpoint
-from moe_prism.evaluation.environment import machine, versions
+from moe_prism.evaluation.environment import versions
 from moe_prism.evaluation.text import read_text
+from moe_prism.scheduling.cost_file import read_cost_model
 from moe_prism.scheduling.outcomes import Job
 from moe_prism.scheduling.workloads import Mix, jobs_of, poisson
 
@@ -234,7 +235,7 @@ def main() -> None:
     full = opened.elastic.full_budget
     prompts = Prompts(options.checkpoint, options.text)
     record: dict[str, Any] = {
-        "command": shlex.join(sys.argv), "machine": machine(), "versions": versions(), "seed": options.seed,
+        "command": shlex.join(sys.argv), "machine": read_cost_model(options.checkpoint).machine, "versions": versions(), "seed": options.seed,
         "full_budget": full, "prompt_tokens": PROMPT, "output_tokens": OUTPUT, "rows": [],
     }  # fmt: skip
 
