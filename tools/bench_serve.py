@@ -111,7 +111,7 @@ class Prompts:
         from transformers import AutoTokenizer
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
-        self._ids: list[int] = self.tokenizer(read_text(text)[:400_000]).input_ids
+        self._ids: list[int] = self.tokenizer(read_text(text)[:400_000], verbose=False).input_ids
 
     def draw(self, count: int, seed: int) -> list[list[int]]:
         """So many prompts."""
@@ -235,8 +235,9 @@ def main() -> None:
     full = opened.elastic.full_budget
     prompts = Prompts(options.checkpoint, options.text)
     record: dict[str, Any] = {
-        "command": shlex.join(sys.argv), "machine": read_cost_model(options.checkpoint).machine, "versions": versions(), "seed": options.seed,
-        "full_budget": full, "prompt_tokens": PROMPT, "output_tokens": OUTPUT, "rows": [],
+        "command": shlex.join(sys.argv), "machine": read_cost_model(options.checkpoint).machine,
+        "versions": versions(), "seed": options.seed, "full_budget": full,
+        "prompt_tokens": PROMPT, "output_tokens": OUTPUT, "rows": [],
     }  # fmt: skip
 
     def keep() -> None:
