@@ -67,7 +67,7 @@ def server(checkpoint: Path, *options: str) -> Iterator[str]:
         if found is None:
             raise SystemExit(f"the server ended with code {process.wait()}")
         yield found[1]
-        violations = re.search(r"floor_violations_total\S* (\S+)", httpx2.get(f"{found[1]}/metrics").text)
+        violations = re.search(r"floor_violations_total\{\S* (\S+)", httpx2.get(f"{found[1]}/metrics").text)
         assert violations is not None
         if float(violations[1]):
             raise SystemExit(f"the server counted {violations[1]} floor violations")
