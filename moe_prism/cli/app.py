@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .bench import bench
 from .demo import demo
 from .export import export
 from .generate import generate
@@ -12,6 +13,7 @@ from .profile_cost import profile_cost
 from .refactor import refactor
 from .restore import restore
 from .serve import serve
+from .simulate import simulate
 from .sweep import sweep
 
 app = typer.Typer(
@@ -22,5 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (refactor, sweep, profile_cost, serve, generate, inspect, restore, export, demo):
+for command in (refactor, sweep, profile_cost, serve, generate, inspect, restore, export, demo, simulate):
     app.command(no_args_is_help=command is not demo)(command)
+app.add_typer(bench, name="bench")

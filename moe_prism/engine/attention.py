@@ -44,7 +44,7 @@ class Span(NamedTuple):
 
 @dataclass
 class KeyValueMemory:
-    """Keys and values of every layer, ``[tokens, heads, head size]`` each, allocated with the first step.
+    """Keys and values of every layer, ``[heads, tokens, head size]`` each, allocated with the first step.
 
     Attributes:
         tokens: places.
@@ -81,18 +81,18 @@ class KeyValueMemory:
         """Store ``[1, heads, T, head size]`` of the step; returns all keys and values of the layer."""
         if layer not in self.layers:
             self.layers[layer] = tuple(  # type: ignore[assignment]
-                new.new_empty(self.tokens, new.shape[1], new.shape[3]) for new in (keys, values)
+                new.new_empty(new.shape[1], self.tokens, new.shape[3]) for new in (keys, values)
             )
         pools = self.layers[layer]
         for pool, new in zip(pools, (keys, values), strict=True):
-            pool.index_copy_(0, self.places, new[0].transpose(0, 1))
+            pool.index_copy_(1, self.places, new[0])
         return pools
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy places to lower ones; both may overlap."""
         for pools in self.layers.values():
             for pool in pools:
-                pool[target : target + length] = pool[source : source + length].clone()
+                pool[:, target : target + length] = pool[:, source : source + length].clone()
 
     @property
     def bytes(self) -> int:
@@ -136,16 +136,16 @@ def ragged_attention(
     spans = key_value_memory.spans
     if own is None and query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16):
         decoding = key_value_memory.decoding
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        start, length = key_value_memory.seen(sliding_window)
         if decoding:
+            scale = query.shape[3] ** -0.5 if scaling is None else scaling
+            start, length = key_value_memory.seen(sliding_window)
             out[:decoding] = attend(query[0, :, :decoding].transpose(0, 1), keys, values, start, length, scale)
         spans = spans[decoding:]
     for span in spans:
         end = span.before + span.length
         seen = 0 if sliding_window is None else max(0, span.before + 1 - sliding_window)
         places = slice(span.start + seen, span.start + end)
-        k, v = keys[places].transpose(0, 1)[None], values[places].transpose(0, 1)[None]
+        k, v = keys[None, :, places], values[None, :, places]
         part = slice(span.first, span.first + span.length)
         q = query[:, :, part]
         whole = seen == span.before == 0 and sliding_window is None

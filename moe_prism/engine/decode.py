@@ -1,12 +1,11 @@
-"""Attention of requests that decode, on a CPU: one compiled call for all of them.
+"""Attention of requests that decode, on a CPU: two compiled calls for all of them, with torch's exponential between.
 
-Each has one query and a run of keys and values, which are read where they lie. A call of torch's attention per request
-and layer costs more than the attention itself. Knows no layers and no requests, only places.
+Each has one query and a run of keys and values, which are read where they lie. A call of torch's attention for every
+request and layer costs more than the attention itself. Knows no layers and no requests, only places.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numba
@@ -15,54 +14,76 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..elastic.kernels.compiled import inner, parallel, serial
+from ..elastic.kernels.compiled import parallel, serial
 from ..elastic.kernels.micro import add_row, dot
+from ..elastic.kernels.streams import add_4_rows, dot_4_rows
 from ..elastic.kernels.threads import Kernel
 
 Array = Any
 Ints = NDArray[np.int64]
 
 
-@inner
-def _softmax(scores: Array) -> None:
-    """In place, fp32 ``[L]``."""
-    most = scores[0]
-    for i in range(1, scores.shape[0]):
+@serial
+def _scores_of(query: Array, keys: Array, first: int, scale: float, scores: Array) -> None:
+    """Products of a query with the keys from row ``first`` on, less the largest, into ``scores`` ``[L]``."""
+    most = np.float32(-np.inf)
+    i, length = 0, scores.shape[0]
+    while i + 4 <= length:
+        r = first + i
+        four = dot_4_rows(keys, (r, r + 1, r + 2, r + 3), (r + 4, r + 5, r + 6, r + 7), query)
+        for j in range(4):
+            scores[i + j] = scale * four[j]
+            most = max(most, scores[i + j])
+        i += 4
+    while i < length:
+        scores[i] = scale * dot(keys[first + i], query)
         most = max(most, scores[i])
-    total = np.float32(0)
-    for i in range(scores.shape[0]):
-        scores[i] = math.exp(scores[i] - most)
-        total += scores[i]
-    for i in range(scores.shape[0]):
-        scores[i] /= total
+        i += 1
+    for i in range(length):
+        scores[i] -= most
 
 
 @serial
-def _one(query: Array, keys: Array, values: Array, scale: float, scores: Array, out: Array) -> None:
-    """One query head: ``[D]``, its keys ``[L, D]`` and values ``[L, V]``, ``[V]``."""
-    for i in range(keys.shape[0]):
-        scores[i] = scale * dot(keys[i], query)
-    _softmax(scores)
-    for i in range(values.shape[0]):
-        add_row(out, scores[i], values[i])
+def _mean_of(weights: Array, values: Array, first: int, out: Array) -> None:
+    """Weighted mean of the values from row ``first`` on, into ``out`` ``[V]``, which is zero."""
+    total = np.float32(0)
+    i, length = 0, weights.shape[0]
+    while i + 4 <= length:
+        r = first + i
+        four = (weights[i], weights[i + 1], weights[i + 2], weights[i + 3])
+        add_4_rows(out, four, values, (r, r + 1, r + 2, r + 3), (r + 4, r + 5, r + 6, r + 7))
+        total += four[0] + four[1] + four[2] + four[3]
+        i += 4
+    while i < length:
+        add_row(out, weights[i], values[first + i])
+        total += weights[i]
+        i += 1
+    for v in range(out.shape[0]):
+        out[v] /= total
 
 
-def _attend(
-    threads: int, query: Array, keys: Array, values: Array, start: Array, length: Array, scale: float, out: Array
+def _score(
+    threads: int, query: Array, keys: Array, tokens: int, start: Array, ends: Array, scale: float, scores: Array
 ) -> None:
-    requests, heads = query.shape[0], keys.shape[1]
-    group = query.shape[1] // heads
-    longest = length.max()
+    heads = query.shape[1]
+    group = heads * tokens // keys.shape[0]
     for thread in numba.prange(threads):
-        scores = np.empty(longest, np.float32)
-        for task in range(thread, requests * heads, threads):
+        for task in range(thread, query.shape[0] * heads, threads):
             r, h = task // heads, task % heads
-            k, v = keys[start[r] : start[r] + length[r], h], values[start[r] : start[r] + length[r], h]
-            for q in range(h * group, (h + 1) * group):
-                _one(query[r, q], k, v, scale, scores[: length[r]], out[r, q])
+            _scores_of(query[r, h], keys, h // group * tokens + start[r], scale, scores[h, ends[r] : ends[r + 1]])
 
 
-_kernel = Kernel(serial(_attend), parallel(_attend))
+def _mean(threads: int, weights: Array, values: Array, tokens: int, start: Array, ends: Array, out: Array) -> None:
+    heads = out.shape[1]
+    group = heads * tokens // values.shape[0]
+    for thread in numba.prange(threads):
+        for task in range(thread, out.shape[0] * heads, threads):
+            r, h = task // heads, task % heads
+            _mean_of(weights[h, ends[r] : ends[r + 1]], values, h // group * tokens + start[r], out[r, h])
+
+
+_score_kernel = Kernel(serial(_score), parallel(_score))
+_mean_kernel = Kernel(serial(_mean), parallel(_mean))
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, start: Ints, length: Ints, scale: float) -> Tensor:
@@ -70,8 +91,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, start: Ints, length: Int
 
     Args:
         query: ``[R, query heads, D]``, fp32 or bfloat16, on the CPU like all others.
-        keys: ``[tokens, heads, D]``, same dtype.
-        values: ``[tokens, heads, V]``.
+        keys: ``[heads, tokens, D]``, same dtype, contiguous.
+        values: ``[heads, tokens, V]``.
         start: int64 ``[R]``, first place of each.
         length: int64 ``[R]``, places of each, at least 1.
         scale: of the products.
@@ -79,11 +100,20 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, start: Ints, length: Int
     Returns:
         ``[R, query heads, V]`` in the dtype of the query; sums are fp32.
     """
-    out = torch.zeros(query.shape[0], query.shape[1], values.shape[2])
-    arrays = (query.float().contiguous().numpy(), _bits(keys), _bits(values))
-    _kernel(*arrays, np.ascontiguousarray(start), np.ascontiguousarray(length), np.float32(scale), out.numpy())
+    tokens, heads = keys.shape[1], query.shape[1]
+    ends = np.zeros(len(length) + 1, np.int64)
+    np.cumsum(length, out=ends[1:])
+    first = np.ascontiguousarray(start)
+    scores = torch.empty(heads, int(ends[-1]))
+    asked = query.float().contiguous().numpy()
+    _score_kernel(asked, _rows(keys), tokens, first, ends, np.float32(scale), scores.numpy())
+    scores.exp_()
+    out = torch.zeros(query.shape[0], heads, values.shape[2])
+    _mean_kernel(scores.numpy(), _rows(values), tokens, first, ends, out.numpy())
     return out.to(query.dtype)
 
 
-def _bits(pool: Tensor) -> Any:
-    return pool.view(torch.int16).numpy().view(np.uint16) if pool.dtype == torch.bfloat16 else pool.numpy()
+def _rows(pool: Tensor) -> Any:
+    """``[heads * tokens, size]``: fp32, or the bits of bfloat16."""
+    flat = pool.view(-1, pool.shape[2])
+    return flat.view(torch.int16).numpy().view(np.uint16) if pool.dtype == torch.bfloat16 else flat.numpy()

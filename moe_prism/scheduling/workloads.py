@@ -8,6 +8,7 @@ Knows no texts.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,7 +26,7 @@ class Mix:
     """Floors and objectives of a workload's requests.
 
     Attributes:
-        full_budget: k * N; requests want at most this.
+        full_budget: k * N; every request wants this.
         floors: shares of it, each in (0, 1].
         weights: how likely each floor is.
         ttft_ms, tpot_ms: objectives of every request, or None.
@@ -41,8 +42,8 @@ class Mix:
         if len(self.floors) != len(self.weights) or not self.floors:
             raise PrismError(f"a mix needs one weight per floor, got {self.floors} and {self.weights}")
         if any(not 0 < floor <= 1 for floor in self.floors):
-            raise PrismError(f"floors are shares of full budget in (0, 1], got {self.floors}")
-        if any(weight < 0 for weight in self.weights) or not sum(self.weights) > 0:
+            raise PrismError(f"floors are shares of full budget in (0, 1], got {list(self.floors)}")
+        if any(not 0 <= weight < math.inf for weight in self.weights) or not sum(self.weights) > 0:
             raise PrismError(f"weights of floors must not be negative, nor all zero, got {self.weights}")
 
     def draw(self, count: int, rng: np.random.Generator) -> list[int]:
@@ -94,7 +95,13 @@ class Trace:
     outputs: list[int]
 
     def scaled(self, *, time: float = 1.0, length: float = 1.0, first: int | None = None) -> Trace:
-        """Its first requests, with times multiplied by ``time`` and lengths by ``length`` (at least one token)."""
+        """Its first requests, with times multiplied by ``time`` and lengths by ``length`` (at least one token).
+
+        Raises:
+            PrismError: a scale that is not above 0, or no request left.
+        """
+        if first is not None and first < 1:
+            raise PrismError(f"at least 1 request of a trace is needed, got {first}")
         if not time > 0 or not length > 0:
             raise PrismError(f"scales must be above 0, got time {time} and length {length}")
         return Trace(

@@ -278,7 +278,7 @@ def test_objectives_hold_where_time_allows_it() -> None:
     assert np.mean([met(o) for o in ours]) > 0.95
     assert np.mean([met(o) for o in original]) < 0.9
     assert max(map(tpot, ours)) <= 0.04
-    assert max(map(ttft, ours)) <= 0.6
+    assert np.percentile([ttft(o) for o in ours], 95) <= 0.5
 
 
 def test_an_objective_that_nobody_can_meet_does_not_bind_others() -> None:
