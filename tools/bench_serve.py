@@ -39,8 +39,9 @@ from serve_bench.alone import alone
 from moe_prism.bench.http_load import HttpLoad
 from moe_prism.checkpoint.atomic import replace_file
 from moe_prism.checkpoint.read import open_checkpoint
-from moe_prism.evaluation.environment import machine, versions
+from moe_prism.evaluation.environment import versions
 from moe_prism.evaluation.text import read_text
+from moe_prism.scheduling.cost_file import read_cost_model
 from moe_prism.scheduling.outcomes import Job
 from moe_prism.scheduling.workloads import Mix, jobs_of, poisson
 
@@ -66,7 +67,7 @@ def server(checkpoint: Path, *options: str) -> Iterator[str]:
         if found is None:
             raise SystemExit(f"the server ended with code {process.wait()}")
         yield found[1]
-        violations = re.search(r"floor_violations_total\S* (\S+)", httpx2.get(f"{found[1]}/metrics").text)
+        violations = re.search(r"floor_violations_total\{\S* (\S+)", httpx2.get(f"{found[1]}/metrics").text)
         assert violations is not None
         if float(violations[1]):
             raise SystemExit(f"the server counted {violations[1]} floor violations")
@@ -110,7 +111,7 @@ class Prompts:
         from transformers import AutoTokenizer
 
         self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
-        self._ids: list[int] = self.tokenizer(read_text(text)[:400_000]).input_ids
+        self._ids: list[int] = self.tokenizer(read_text(text)[:400_000], verbose=False).input_ids
 
     def draw(self, count: int, seed: int) -> list[list[int]]:
         """So many prompts."""
@@ -234,8 +235,9 @@ def main() -> None:
     full = opened.elastic.full_budget
     prompts = Prompts(options.checkpoint, options.text)
     record: dict[str, Any] = {
-        "command": shlex.join(sys.argv), "machine": machine(), "versions": versions(), "seed": options.seed,
-        "full_budget": full, "prompt_tokens": PROMPT, "output_tokens": OUTPUT, "rows": [],
+        "command": shlex.join(sys.argv), "machine": read_cost_model(options.checkpoint).machine,
+        "versions": versions(), "seed": options.seed, "full_budget": full,
+        "prompt_tokens": PROMPT, "output_tokens": OUTPUT, "rows": [],
     }  # fmt: skip
 
     def keep() -> None:

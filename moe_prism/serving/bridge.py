@@ -30,10 +30,12 @@ class Mailbox:
     Attributes:
         names: of the generations.
         best_effort: no budget can meet the objectives that were asked for.
+        patient: its reader is woken by ends of generations only; for replies that are sent whole.
     """
 
-    def __init__(self, generations: Sequence[Generation], best_effort: bool) -> None:
+    def __init__(self, generations: Sequence[Generation], best_effort: bool, patient: bool) -> None:
         self.best_effort = best_effort
+        self.patient = patient
         self.names = [generation.request.id for generation in generations]
         self._events: list[Event] = []
         self._came = asyncio.Event()
@@ -41,7 +43,8 @@ class Mailbox:
     def put(self, event: Event) -> None:
         """Hand one over."""
         self._events.append(event)
-        self._came.set()
+        if not self.patient or isinstance(event, FailedEvent) or event.finished is not None:
+            self._came.set()
 
     async def take(self) -> list[Event]:
         """All that came since the last call; waits for one at least."""
@@ -105,8 +108,8 @@ class Bridge:
                 self.engine.cancel(name)
                 self._end(name, "abort", FailedEvent(name, "the server is shutting down"))
 
-    def submit(self, generations: Sequence[Generation]) -> Mailbox:
-        """Queue the generations of a request, all or none.
+    def submit(self, generations: Sequence[Generation], patient: bool) -> Mailbox:
+        """Queue the generations of a request, all or none; see ``Mailbox`` for ``patient``.
 
         Raises:
             ApiError: 503 while draining, 429 if the queue is full, 400 if the engine could never run one.
@@ -129,7 +132,7 @@ class Bridge:
                 self.engine.check(generation)
         except PrismError as error:
             raise ApiError(400, str(error)) from None
-        mailbox = Mailbox(generations, any(request.best_effort for request in requests))
+        mailbox = Mailbox(generations, any(request.best_effort for request in requests), patient)
         for generation in generations:
             self._open[generation.request.id] = (Track(generation.request), mailbox)
             self._metrics.arrived(len(generation.prompt))

@@ -38,7 +38,7 @@ class Answering:
         Raises:
             ApiError: refused, or failed before anything was sent.
         """
-        mailbox = self._bridge.submit(job.generations)
+        mailbox = self._bridge.submit(job.generations, patient=not body.stream and not job.stops)
         reply = Reply(self._model, job, isinstance(body, ChatRequest), mailbox.best_effort)
         try:
             if not body.stream:
