@@ -29,13 +29,6 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    methods: Literal["given", "auto"] = Field(
-        "given",
-        description="given = the fields below. auto = the best of the methods known here, by KL to the full model at "
-        "equal cost on calibration text that nothing is fitted on; it replaces their fields, and the checkpoint says "
-        "what was tried.",
-    )
-    time_limit: float = Field(150.0, gt=0, description="Seconds after which methods: auto tries nothing new.")
     num_sub_experts: int = Field(
         4, ge=1, description="N, sub-experts of one expert; it must divide the neurons of an expert. The paper uses 4."
     )
@@ -105,6 +98,13 @@ class Recipe(BaseModel):
     points_tokens: int = Field(
         65_536, ge=256, description="Tokens that automatic points will be measured on; more tell more points apart."
     )
+    methods: Literal["given", "auto"] = Field(
+        "given",
+        description="given = the fields above. auto = the best of the methods known here, by KL to the full model at "
+        "equal cost on calibration text that nothing is fitted on; it replaces their fields, and the checkpoint says "
+        "what was tried.",
+    )
+    time_limit: float = Field(150.0, gt=0, description="Seconds after which methods: auto tries nothing new.")
     calibration_tokens: int = Field(20_000, ge=256, description="Tokens of calibration text run through the model.")
     context: int = Field(256, ge=8, description="Tokens of one calibration window.")
     tokens_per_expert: int = Field(
