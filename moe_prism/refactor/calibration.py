@@ -17,6 +17,8 @@ from ..evaluation.sampling import sample_windows
 from ..evaluation.text import read_text, text_name, tokenize
 
 SELF_SAMPLED = "sampled from the model"
+# A text is cut into at most so many parts; the seed says which one is used.
+PARTS = 8
 
 
 class CalibrationText(NamedTuple):
@@ -49,7 +51,8 @@ def load_calibration(
         model: a causal language model; only needed without a source.
         tokens: the limit.
         context: tokens of a window.
-        seed: of the sampling.
+        seed: of the sampling; or which part of the text is used, counted round: 0 is its beginning. Another seed is
+            other calibration text wherever the text has twice the tokens, since some methods have no other randomness.
         progress: called with (windows done, windows in all) while the model writes.
 
     Raises:
@@ -59,20 +62,23 @@ def load_calibration(
     if source is None:
         return CalibrationText(sample_windows(model, wanted, context, seed, progress), SELF_SAMPLED)
     path = Path(source)
-    text = read_text(path, tokens * 16) if path.exists() else _hub_text(source, tokens * 8)
+    parts = 1 if seed == 0 else PARTS
+    text = read_text(path, parts * tokens * 16) if path.exists() else _hub_text(source, parts * tokens * 8)
     if tokenizer is None:
         raise PrismError(
             "the model has no tokenizer, so text cannot be used; leave out --text to sample from the model"
         )
-    ids = torch.tensor(tokenize(tokenizer, text, tokens))
+    ids = torch.tensor(tokenize(tokenizer, text, parts * tokens))
     if len(ids) < 256:
         raise PrismError(
             f"calibration text {source} has {len(ids)} tokens; at least 256 are needed and 20,000 are recommended"
         )
     if len(ids) < context:
         context = len(ids)
-    count = min(wanted, len(ids) // context)
-    return CalibrationText(ids[: count * context].view(count, context), text_name(path) if path.exists() else source)
+    available = ids[: len(ids) // context * context].view(-1, context)
+    count = min(wanted, len(available))
+    begin = seed % (len(available) // count) * count
+    return CalibrationText(available[begin : begin + count], text_name(path) if path.exists() else source)
 
 
 def _hub_text(source: str, characters: int) -> str:
