@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier ablation frontier-second frontier-dense bench-kernels bench-crossovers bench-batch bench-decode bench-points reproduce test-browser test-serve-stress bench-serve clean distclean
+.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier ablation frontier-second frontier-dense bench-kernels bench-crossovers bench-batch bench-decode bench-points reproduce test-browser test-serve-stress bench-serve simulate bench-scheduler clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -187,6 +187,15 @@ build/bench/reference/moe_prism/cost_model.json: build/bench/reference/config.js
 bench-serve: $(VENV)/.dev build/bench/reference/moe_prism/cost_model.json ## the server over HTTP: load, overhead, a peer (12 minutes) -> build/bench/serve.json
 	$(BIN)/python tools/bench_serve.py --checkpoint build/bench/reference --text $(word 2,$(VALID)) \
 	  --out build/bench/serve.json $(ARGS)
+# COST: a cost model file; without it the demo's checkpoint must have one (moe-prism profile-cost).
+POINTS ?= docs/results/demo/operating_points.json
+TRACE  := $(DATA)/traces/azure-llm-2023-conv.csv
+simulate: $(VENV)/.base ## scheduling policies side by side, simulated (COST=, ARGS=) -> build/bench/simulate.json
+	$(BIN)/moe-prism simulate $(if $(COST),--cost $(COST) --points $(POINTS),$(OUT)/elastic) \
+	  $(if $(wildcard $(TRACE)),--trace $(TRACE)) --json build/bench/simulate.json --plots build/bench/simulate $(ARGS)
+
+bench-scheduler: $(VENV)/.dev ## time of the scheduler itself and of the simulator (10 minutes) -> build/bench/scheduler.json
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_scheduler.py --trace $(TRACE) --out build/bench/scheduler.json $(ARGS)
 
 clean: ## remove caches and build/demo
 	rm -rf build/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -27,6 +27,7 @@ from moe_prism.scheduling.workloads import Mix, Trace, jobs_of
 FULL, SUB_EXPERTS = 64, 512
 RUNNING, WAITING = 256, 1000
 REPEATS = 10
+REPLICAS = (1, 10, 100, 1000)
 SECONDS = {
     "step": 4e-3,
     "prefill_step": 2e-3,
@@ -92,7 +93,7 @@ def simulations(trace: Trace, requests: int, per_replica: int, repeat: int) -> l
     lengths = list(zip(trace.prompts, trace.outputs, strict=True))
     each = capacity(lengths, mix, COST, admission, 1, 0)
     found = []
-    for replicas, count in [(n, per_replica * n) for n in (1, 10, 100, 1000)] + [(100, requests)]:
+    for replicas, count in [(n, per_replica * n) for n in REPLICAS] + [(100, requests)]:
         rounds = -(-count // len(trace.arrivals))
         span = trace.arrivals[-1] + trace.arrivals[-1] / len(trace.arrivals)
         arrivals = [at + i * span for i in range(rounds) for at in trace.arrivals][:count]

@@ -77,7 +77,9 @@ def poisson(rate: float, seconds: float, lengths: Sequence[tuple[int, int]], mix
         seed: of arrivals, lengths and floors.
     """
     if not rate > 0 or not seconds > 0 or not lengths:
-        raise PrismError(f"rate and seconds must be above 0 and lengths not empty, got {rate}, {seconds}, {lengths}")
+        raise PrismError(
+            f"rate and seconds must be above 0 and lengths not empty, got {rate}, {seconds} and {len(lengths)} lengths"
+        )
     rng = np.random.default_rng((seed, 0))
     count = int(rng.poisson(rate * seconds))
     arrivals = np.sort(rng.uniform(0, seconds, count))
