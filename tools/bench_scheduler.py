@@ -55,7 +55,9 @@ def states(rng: np.random.Generator, count: int, places: int) -> list[State]:
         for i in range(RUNNING):
             asked = request(f"r{i}", float(rng.uniform(0, 20)))
             generated = int(rng.integers(1, asked.max_tokens + 1))
-            running.append(Running(asked, asked.prompt_tokens, generated, 30 - generated * 0.09, int(rng.integers(1, 64))))
+            running.append(
+                Running(asked, asked.prompt_tokens, generated, 30 - generated * 0.09, int(rng.integers(1, 64)))
+            )
         waiting = [request(f"w{i}", float(at)) for i, at in enumerate(np.sort(rng.uniform(22, 30, WAITING)))]
         found.append(State(waiting, running, Limits(FULL, places), 7))
     return found
