@@ -4,8 +4,8 @@
     make bench-serve
 
 Parts, each in processes of its own, the client in this one: (1) cold start: from the command to the first token;
-(2) closed loop, 1 to 64 clients, at full and at half budget; (3) Poisson arrivals at 0.5, 1 and 1.5 of the requests a
-second that 32 clients at full budget reach in closed loop, policy by policy, with a mix of floors and objectives;
+(2) closed loop, 1 to 64 clients, at full and at half budget; (3) the workloads of ``moe-prism bench schedule``
+(Poisson arrivals, multiples of what full budget sustains, here over HTTP), policy by policy, and its targets;
 (4) the engine alone, 32 requests at a time, against the same requests over HTTP, streamed and whole, in turns;
 (5) ``transformers serve`` on the original model against this server, 8 clients, the same prompts. Prompts are runs of
 the text's words of stated lengths; every seed is stated.
@@ -14,8 +14,6 @@ the text's words of stated lengths; every seed is stated.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import re
 import shlex
@@ -37,19 +35,22 @@ import numpy as np
 from serve_bench.alone import alone
 
 from moe_prism.bench.http_load import HttpLoad
-from moe_prism.checkpoint.atomic import replace_file
+from moe_prism.bench.loads import Plan, saturating
+from moe_prism.bench.measured import targets
+from moe_prism.bench.results import kl_of, write_results
+from moe_prism.bench.scenario import Scenario, plan_of
 from moe_prism.checkpoint.read import open_checkpoint
 from moe_prism.evaluation.environment import versions
 from moe_prism.evaluation.text import read_text
 from moe_prism.scheduling.cost_file import read_cost_model
 from moe_prism.scheduling.outcomes import Job
-from moe_prism.scheduling.workloads import Mix, jobs_of, poisson
+from moe_prism.scheduling.workloads import Mix, jobs_of
 
 NAME = "served"
 PROMPT, OUTPUT = 48, 32  # tokens of a request
 CLIENTS = (1, 8, 32, 64)
-LOADS = {"low": 0.5, "medium": 1.0, "high": 1.5}
 POLICIES = ("continuous", "fifo", "fifo-original", "full-batch", "virtual-queues")
+SAME = ("--max-running", "32", "--max-prefill", "1000000", "--memory-tokens", "16384")  # as bench schedule
 PEER_PORT = 8790
 
 
@@ -105,7 +106,7 @@ def jobs(count: int, full: int, k_min: int, k_active: int) -> list[Job]:
 
 
 class Prompts:
-    """Pieces of a text, ``PROMPT`` tokens each, drawn with a seed."""
+    """Pieces of a text, drawn with a seed."""
 
     def __init__(self, checkpoint: Path, text: Path) -> None:
         from transformers import AutoTokenizer
@@ -114,9 +115,13 @@ class Prompts:
         self._ids: list[int] = self.tokenizer(read_text(text)[:400_000], verbose=False).input_ids
 
     def draw(self, count: int, seed: int) -> list[list[int]]:
-        """So many prompts."""
-        starts = np.random.default_rng(seed).integers(0, len(self._ids) - PROMPT, count)
-        return [self._ids[start : start + PROMPT] for start in starts.tolist()]
+        """So many prompts of ``PROMPT`` tokens."""
+        return self.of([PROMPT] * count, seed)
+
+    def of(self, lengths: Sequence[int], seed: int) -> list[list[int]]:
+        """Prompts of these lengths."""
+        starts = np.random.default_rng((seed, 4)).integers(0, len(self._ids) - max(lengths), len(lengths))
+        return [self._ids[at : at + length] for at, length in zip(starts.tolist(), lengths, strict=True)]
 
 
 def cold_start(checkpoint: Path, prompt: Sequence[int], full: int, times: int = 3) -> dict[str, Any]:
@@ -141,26 +146,33 @@ def closed_loops(url: str, prompts: Prompts, full: int, seconds: float) -> list[
             trial = load.saturate(jobs(2 * clients, full, k, k), prompts.draw(2 * clients, 1), clients)
             count = max(4 * clients, round(seconds * len(trial.outcomes) / trial.seconds))
             run = load.saturate(jobs(count, full, k, k), prompts.draw(count, 2), clients)
-            rows.append({"part": "closed", "clients": clients, "policy": "continuous", "budget": label, **run.record()})
+            rows.append({"clients": clients, "policy": "continuous", "budget": label, **run.record()})
             show(rows[-1])
     return rows
 
 
-def open_loops(
-    checkpoint: Path, prompts: Prompts, mix: Mix, rate: float, seconds: float, policies: Sequence[str], seed: int
-) -> list[dict[str, Any]]:
+def open_loops(checkpoint: Path, prompts: Prompts, plan: Plan, policies: Sequence[str]) -> dict[str, Any]:
     """One row per policy and load; all policies get the same arrivals, floors and prompts."""
+    kl = kl_of(open_checkpoint(checkpoint, verify=False).operating_points())
+
+    def texts(work: Sequence[Job]) -> list[list[int]]:
+        return prompts.of([job.request.prompt_tokens for job in work], plan.seed)
+
+    with server(checkpoint, "--policy", "system-only", *SAME) as url:
+        work = saturating(plan.lengths, plan.mix, plan.seed)
+        load = HttpLoad(url, NAME)
+        load.saturate(work[:64], texts(work)[:64], 32)
+        sustained = load.saturate(work, texts(work), 32).record()["throughput_rps"]
+    figures: dict[str, dict[str, Any]] = {}
     rows = []
     for policy in policies:
-        with server(checkpoint, "--policy", policy) as url:
-            load = HttpLoad(url, NAME)
-            load.saturate(jobs(8, mix.full_budget, 1, 1), prompts.draw(8, 3), 8)
-            for name, share in LOADS.items():
-                work = poisson(rate * share, seconds, [(PROMPT, OUTPUT)], mix, seed)
-                run = load.replay(work, prompts.draw(len(work), seed))
-                rows.append({"part": "open", "load": name, "rate": rate * share, "policy": policy, **run.record()})
+        with server(checkpoint, "--policy", policy, *SAME) as url:
+            for name, share, arriving in plan.build(sustained):
+                run = HttpLoad(url, NAME).replay(arriving, texts(arriving))
+                figures.setdefault(name, {})[policy] = run.record(kl)
+                rows.append({"load": name, "share": share, "policy": policy, **run.record(kl)})
                 show(rows[-1])
-    return rows
+    return {"full_budget_rps": sustained, "rows": rows, "targets": targets(figures)}
 
 
 def overhead(checkpoint: Path, prompts: Prompts, full: int, requests: int, rounds: int = 3) -> dict[str, Any]:
@@ -207,15 +219,6 @@ def show(row: dict[str, Any]) -> None:
     print(f"{what} {speed}, {times}, mean k {row['mean_k']:.1f}, errors {sum(row['errors'].values())}", flush=True)
 
 
-def plain(value: Any) -> Any:
-    """NaN as null."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def main() -> None:
     """Run the parts and write the file after each."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -223,9 +226,9 @@ def main() -> None:
     parser.add_argument("--original", type=Path, default=Path("models/reference"))
     parser.add_argument("--text", type=Path, required=True, help="prompts are taken from it")
     parser.add_argument("--out", type=Path, default=Path("build/bench/serve.json"))
-    parser.add_argument("--seconds", type=float, default=20.0, help="of every open load")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of every open load")
     parser.add_argument("--closed-seconds", type=float, default=6.0)
-    parser.add_argument("--policies", nargs="+", default=POLICIES[:3], choices=POLICIES)
+    parser.add_argument("--policies", nargs="+", default=POLICIES, choices=POLICIES)
     parser.add_argument("--ttft-ms", type=float, default=1000.0)
     parser.add_argument("--tpot-ms", type=float, default=100.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -237,32 +240,25 @@ def main() -> None:
     record: dict[str, Any] = {
         "command": shlex.join(sys.argv), "machine": read_cost_model(options.checkpoint).machine,
         "versions": versions(), "seed": options.seed, "full_budget": full,
-        "prompt_tokens": PROMPT, "output_tokens": OUTPUT, "rows": [],
+        "prompt_tokens": PROMPT, "output_tokens": OUTPUT,
     }  # fmt: skip
 
     def keep() -> None:
-        replace_file(options.out, (json.dumps(plain(record), indent=1) + "\n").encode())
+        write_results(options.out, record)
 
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     if "cold" in options.parts:
         record["cold_start"] = cold_start(options.checkpoint, prompts.draw(1, 0)[0], full)
         print(f"cold start to first token: {record['cold_start']['median']:.2f} s")
         keep()
-    with server(options.checkpoint) as url:
-        if "closed" in options.parts:
-            record["rows"] += closed_loops(url, prompts, full, options.closed_seconds)
-            keep()
-        if "open" in options.parts:
-            load = HttpLoad(url, NAME)
-            load.saturate(jobs(64, full, full, full), prompts.draw(64, 6), 32)
-            rate = load.saturate(jobs(256, full, full, full), prompts.draw(256, 7), 32).record()["throughput_rps"]
+    if "closed" in options.parts:
+        with server(options.checkpoint) as url:
+            record["closed"] = closed_loops(url, prompts, full, options.closed_seconds)
+        keep()
     if "open" in options.parts:
-        mix = Mix(full, ttft_ms=options.ttft_ms, tpot_ms=options.tpot_ms)
-        record["mix"] = {"floors": mix.floors, "weights": mix.weights, "ttft_ms": mix.ttft_ms, "tpot_ms": mix.tpot_ms}
-        record["full_budget_rps"] = rate
-        record["rows"] += open_loops(
-            options.checkpoint, prompts, mix, rate, options.seconds, options.policies, options.seed
+        scenario = Scenario(
+            seconds=options.seconds, seed=options.seed, ttft_ms=options.ttft_ms, tpot_ms=options.tpot_ms
         )
+        record["open"] = open_loops(options.checkpoint, prompts, plan_of(scenario, full), options.policies)
         keep()
     if "overhead" in options.parts:
         record["overhead"] = overhead(options.checkpoint, prompts, full, 256)

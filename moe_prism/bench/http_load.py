@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,11 +34,11 @@ class HttpRun:
     errors: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
-    def record(self) -> dict[str, Any]:
-        """Figures as JSON values; ``mean_prompt_k`` is left out, since a client cannot see it."""
-        figures = summarise(self.outcomes, self.seconds)
-        figures.pop("mean_prompt_k", None)
-        return {**figures, "errors": dict(self.errors), "seconds": self.seconds}
+    def record(self, kl: Mapping[int, float] | None = None) -> dict[str, Any]:
+        """The figures of ``summarise``, without those of prompts' budgets, which a client cannot see."""
+        figures = summarise(self.outcomes, self.seconds, kl)
+        seen = {name: value for name, value in figures.items() if not name.startswith("mean_prompt")}
+        return {**seen, "errors": dict(self.errors), "seconds": self.seconds}
 
 
 @dataclass(frozen=True)
