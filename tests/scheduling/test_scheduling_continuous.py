@@ -208,9 +208,7 @@ def test_budgets_do_not_flap_under_a_steady_load() -> None:
             if name not in plan.prefill:
                 seen.setdefault(name, []).append(k)
     changes = [sum(a != b for a, b in itertools.pairwise(budgets)) for budgets in seen.values()]
-    turns = [
-        sum((a - b) * (b - c) < 0 for a, b, c in zip(x, x[1:], x[2:], strict=False)) for x in seen.values()
-    ]
+    turns = [sum((a - b) * (b - c) < 0 for a, b, c in zip(x, x[1:], x[2:], strict=False)) for x in seen.values()]
     tokens = sum(map(len, seen.values()))
     assert all(map(met, found.outcomes))
     assert sum(changes) <= 0.2 * tokens
