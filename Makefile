@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier ablation frontier-second frontier-dense bench-kernels bench-crossovers bench-batch bench-decode bench-points reproduce test-browser test-serve-stress bench-serve simulate bench-scheduler clean distclean
+.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier ablation frontier-second frontier-dense bench-kernels bench-crossovers bench-batch bench-decode bench-points reproduce test-browser test-serve-stress bench-serve simulate bench-scheduler bench-schedule bench-engine clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -196,6 +196,28 @@ simulate: $(VENV)/.base ## scheduling policies side by side, simulated (COST=, A
 
 bench-scheduler: $(VENV)/.dev ## time of the scheduler itself and of the simulator (10 minutes) -> build/bench/scheduler.json
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_scheduler.py --trace $(TRACE) --out build/bench/scheduler.json $(ARGS)
+
+# Both models with what the bench needs: a cost model of this machine, and for the bundled one its measured quality.
+SCHEDULE := build/bench/schedule
+$(SCHEDULE)/bundled/moe_prism/cost_model.json: | $(VENV)/.base
+	rm -rf $(SCHEDULE)/bundled
+	$(BIN)/moe-prism refactor models/reference $(SCHEDULE)/bundled --recipe recipes/gate-first.yaml --text $(CALIBRATION)
+	$(BIN)/moe-prism sweep $(SCHEDULE)/bundled --text $(word 1,$(VALID)) --tokens 8192
+	$(BIN)/moe-prism profile-cost $(SCHEDULE)/bundled
+
+$(SCHEDULE)/experts/moe_prism/cost_model.json: | $(VENV)/.base
+	rm -rf $(SCHEDULE)/experts
+	$(BIN)/python tools/expert_model.py $(SCHEDULE)/experts
+	$(BIN)/moe-prism profile-cost $(SCHEDULE)/experts
+
+bench-schedule: $(SCHEDULE)/bundled/moe_prism/cost_model.json $(SCHEDULE)/experts/moe_prism/cost_model.json ## policies on the real engine, simulator beside (12 minutes, models and profiles apart) -> build/bench/schedule.json
+	$(BIN)/moe-prism bench schedule $(SCHEDULE)/bundled --loads low=0.3,high=1.5 --seconds 10 \
+	  $(if $(wildcard $(TRACE)),--trace $(TRACE)) --json build/bench/schedule.json --plots build/bench/schedule-plots $(ARGS)
+	$(BIN)/moe-prism bench schedule $(SCHEDULE)/experts --loads low=0.3,high=1.5 --seconds 10 --ttft-ms 3000 --tpot-ms 300 \
+	  --json build/bench/schedule-experts.json $(ARGS)
+
+bench-engine: $(SCHEDULE)/bundled/moe_prism/cost_model.json ## the engine against padded batches and continuous batching of transformers -> build/bench/engine.json
+	$(BIN)/python tools/bench_engine.py --checkpoint $(SCHEDULE)/bundled --out build/bench/engine.json $(ARGS)
 
 clean: ## remove caches and build/demo
 	rm -rf build/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
