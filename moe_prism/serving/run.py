@@ -17,6 +17,11 @@ from ..errors import PrismError
 from .bridge import Bridge
 
 
+# Longer than clients keep idle connections (OpenAI's: 5 seconds), so that they are the ones who close them: a request on
+# a connection that the server is just closing is lost.
+KEEP_ALIVE_SECONDS = 75
+
+
 class DrainingServer(uvicorn.Server):
     """On SIGTERM or SIGINT it goes on listening, answers new requests 503, and ends when the running ones have.
 
@@ -66,7 +71,12 @@ def bind(host: str, port: int) -> socket.socket:
 def run(app: FastAPI, taken: socket.socket, drain_seconds: float, ready: Callable[[], None]) -> None:
     """Serve until a signal ends it; ``ready`` is called once requests are taken."""
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=5,
     )
     server = DrainingServer(config, app.state.bridge, drain_seconds)
 

@@ -22,7 +22,7 @@ from moe_prism.engine import Engine
 from moe_prism.serving.app import ServerLimits, create_app
 from moe_prism.serving.bridge import Bridge
 from moe_prism.serving.load import EngineOptions, load
-from moe_prism.serving.run import bind
+from moe_prism.serving.run import KEEP_ALIVE_SECONDS, bind
 
 ROOT = Path(__file__).parents[2]
 NAME = "tiny"
@@ -52,7 +52,9 @@ def live_server(
     change(engine)
     app = create_app(model, engine, limits or ServerLimits())
     with bind("127.0.0.1", 0) as taken:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="error", timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=2)
+        )
         thread = threading.Thread(target=server.run, args=([taken],), daemon=True)
         thread.start()
         until(lambda: server.started)

@@ -46,11 +46,13 @@ async def stress(url: str, requests: int, seed: int, clients: int = CLIENTS) -> 
             seen.add(reply.id)
             return "whole"
         ids, reasons = set(), []
-        async for chunk in await client.completions.create(**ask, stream=True):
+        stream = await client.completions.create(**ask, stream=True)
+        async for chunk in stream:
             ids.add(chunk.id)
             reasons += [c.finish_reason for c in chunk.choices if c.finish_reason]
             if draw.random() < 0.03:
-                return "cancelled"  # leaves the stream, which closes the connection
+                await stream.close()  # and with it the connection
+                return "cancelled"
         assert (len(ids), reasons) == (1, ["length"]), (ids, reasons, ask)
         assert not ids & seen
         seen.update(ids)

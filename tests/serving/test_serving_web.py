@@ -30,17 +30,17 @@ def test_the_page_is_one_document_that_asks_for_nothing_else(server: Live) -> No
     assert "/* script.js */" not in reply.text
 
 
-@pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"])
-def browser(request: pytest.FixtureRequest, server: Live) -> Iterator[object]:
-    """Chromium without a window, on the page."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None or not (SELENIUM / "selenium").is_dir():
+@pytest.fixture(params=[DESKTOP, PHONE], ids=["desktop", "phone"], scope="module")
+def chromium(request: pytest.FixtureRequest) -> Iterator[object]:
+    """Chromium without a window."""
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None or not (SELENIUM / "selenium").is_dir():
         pytest.skip("no Chromium or selenium here: make test-browser installs them")
     sys.path.append(str(SELENIUM))
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = program
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -50,15 +50,19 @@ def browser(request: pytest.FixtureRequest, server: Live) -> Iterator[object]:
         options.add_experimental_option("mobileEmulation", metrics)
     else:
         options.add_argument(f"--window-size={width},{height}")
-    page = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    try:
-        page.get(server.url)
-        until(lambda: page.find_element("id", "model").text == NAME)
-        yield page
-        assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
-    finally:
-        page.quit()
-        sys.path.remove(str(SELENIUM))
+    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield window
+    window.quit()
+    sys.path.remove(str(SELENIUM))
+
+
+@pytest.fixture
+def browser(chromium, server: Live) -> Iterator[object]:
+    """The page, freshly loaded; it must not complain."""
+    chromium.get(server.url)
+    until(lambda: chromium.find_element("id", "model").text == NAME)
+    yield chromium
+    assert [entry for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
 def text_of(browser, element: str) -> str:
