@@ -81,6 +81,8 @@ def test_reference_model(tmp_path: Path) -> None:
     work.remove()
     attach(model, done.elastic, done.tensors)
     assert_parity(model, prompts([70, 12, 33, 1], 4096), 12, [16, 4, 9, 1], max_prefill=40, memory_tokens=300)
+    # a long prompt at full budget takes the model's own path beside the others
+    assert_parity(model, prompts([70, 12, 33], 4096), 4, [16, 4, 9])
 
 
 def test_generate_works_beside_an_engine(tmp_path: Path) -> None:

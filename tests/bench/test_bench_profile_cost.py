@@ -1,0 +1,90 @@
+"""The one-time benchmark measures what it says, goes on after an interruption, and its record names the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from making import elastic_model
+from transformers import PreTrainedModel
+
+from moe_prism.bench import profile_cost as room
+from moe_prism.bench.profile_cost import Grid, Profiler, profile_cost
+from moe_prism.engine.identity import ENGINE, machine_of
+from moe_prism.errors import PrismError
+
+GRID = Grid(batches=(1, 2), contexts=(4, 9), pieces=(2, 5), shares=(0.25, 1.0), repeats=2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+    return elastic_model("olmoe", tmp_path_factory.mktemp("model"))
+
+
+def test_loads_are_those_of_the_steps(model: PreTrainedModel) -> None:
+    profiler = Profiler(model, GRID)
+    steps = list(profiler.scene(2, 9))
+    assert all(seconds > 0 for _, seconds in steps)
+    loads = [load for load, _ in steps]
+    assert [load.decode for load in loads] == [2] * len(loads)
+    assert [load.prefill_tokens for load in loads] == [0, 0, 0, 2, 5]
+    assert [load.decode_work for load in loads][:2] == [0.5, 2.0]
+    # contexts grow by a token in every step: in the second of two turns the first step is the sixth after the warm-up
+    assert [load.context for load in loads] == [2 * (9 + 1 + 5 + i) for i in range(5)]
+    assert profiler.engine.stats.running == profiler.engine.stats.waiting == 0
+    prompts = [load for load, _ in profiler.scene(0, 9)]
+    assert {load.decode for load in prompts} == {0}
+    assert {load.prefill_context for load in prompts} == {1 + 2, 15, 10 + 11, 10 + 11 + 12 + 13 + 14}
+
+
+def test_it_goes_on_where_it_was_interrupted(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[int, int]] = []
+    scene = Profiler.scene
+    monkeypatch.setattr(Profiler, "scene", lambda self, *which: ran.append(which) or scene(self, *which))
+    partial = tmp_path / "partial.json"
+
+    def stop(_stage: str, done: int, _total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        profile_cost(model, "abc", GRID, partial, stop)
+    assert len(ran) == 2
+    told: list[tuple[int, int]] = []
+    found = profile_cost(model, "abc", GRID, partial, lambda _, done, total: told.append((done, total)))
+    assert sorted(ran) == sorted(GRID.scenes())  # none twice
+    assert told[-1] == (6, 6)
+    assert not partial.exists()
+    assert found.token_bytes == 2 * 2 * 32 * 4  # layers, keys and values, hidden size, fp32
+    assert found.fixed_bytes == sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    assert (found.full_budget, found.sub_experts) == (16, 32)
+    assert found.median_error is not None
+    found.require(engine=ENGINE, machine=machine_of(model), checkpoint="abc")
+    with pytest.raises(PrismError, match="profile-cost"):
+        found.require(engine=ENGINE, machine="another", checkpoint="abc")
+
+
+def test_a_partial_file_of_something_else_is_not_used(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = tmp_path / "partial.json"
+
+    def stop(_stage: str, done: int, _total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        profile_cost(model, "abc", GRID, partial, stop)
+    asked = {"grid": {}, "engine": ENGINE, "machine": "x", "checkpoint": "abc"}
+    assert room._read(partial, asked) == {}
+    partial.write_text("{")
+    assert room._read(partial, asked) == {}
+
+
+def test_bad_grids_are_refused() -> None:
+    with pytest.raises(PrismError, match="must be 1 or more"):
+        Grid(batches=(0, 1))
+    with pytest.raises(PrismError, match="shares"):
+        Grid(shares=(0.5, 1.5))
