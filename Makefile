@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-triton test-browser test-serve-stress bench-serve lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier frontier-second frontier-dense bench-kernels bench-batch bench-decode clean distclean
+.PHONY: help env demo test test-triton test-browser test-serve-stress lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier frontier-second frontier-dense bench-kernels bench-batch bench-decode simulate bench-schedule bench-server bench-schedule bench-engine clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -159,12 +159,41 @@ bench-batch: $(VENV)/.dev build/bench/reference/config.json ## selection for a w
 bench-decode: $(VENV)/.dev ## a whole decode step against peers (PEERS=...) -> build/bench/decode.json
 	$(BIN)/python tools/bench_decode.py --out build/bench/decode.json $(PEERS) $(ARGS)
 
-build/bench/reference/moe_prism/cost_model.json: build/bench/reference/config.json
-	$(BIN)/moe-prism profile-cost build/bench/reference
+# COST: a cost model file; without it the demo's checkpoint must have one (moe-prism profile-cost).
+POINTS ?= docs/results/demo/operating_points.json
+TRACE  := $(DATA)/traces/azure-llm-2023-conv.csv
+simulate: $(VENV)/.base ## scheduling policies side by side, simulated (COST=, ARGS=) -> build/bench/simulate.json
+	$(BIN)/moe-prism simulate $(if $(COST),--cost $(COST) --points $(POINTS),$(OUT)/elastic) \
+	  $(if $(wildcard $(TRACE)),--trace $(TRACE)) --json build/bench/simulate.json --plots build/bench/simulate $(ARGS)
 
-# On a quiet machine; ARGS='--seconds 300' for the length of the paper's runs.
-bench-serve: $(VENV)/.dev build/bench/reference/moe_prism/cost_model.json ## the server over HTTP: load, overhead, a peer (12 minutes) -> build/bench/serve.json
-	$(BIN)/python tools/bench_serve.py --checkpoint build/bench/reference --text $(word 2,$(VALID)) \
+bench-scheduler: $(VENV)/.dev ## time of the scheduler itself and of the simulator (10 minutes) -> build/bench/scheduler.json
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_scheduler.py --trace $(TRACE) --out build/bench/scheduler.json $(ARGS)
+
+# Both models with what the bench needs: a cost model of this machine, and for the bundled one its measured quality.
+SCHEDULE := build/bench/schedule
+$(SCHEDULE)/bundled/moe_prism/cost_model.json: | $(VENV)/.base
+	rm -rf $(SCHEDULE)/bundled
+	$(BIN)/moe-prism refactor models/reference $(SCHEDULE)/bundled --recipe recipes/gate-first.yaml --text $(CALIBRATION)
+	$(BIN)/moe-prism sweep $(SCHEDULE)/bundled --text $(word 1,$(VALID)) --tokens 8192
+	$(BIN)/moe-prism profile-cost $(SCHEDULE)/bundled
+
+$(SCHEDULE)/experts/moe_prism/cost_model.json: | $(VENV)/.base
+	rm -rf $(SCHEDULE)/experts
+	$(BIN)/python tools/expert_model.py $(SCHEDULE)/experts
+	$(BIN)/moe-prism profile-cost $(SCHEDULE)/experts
+
+bench-schedule: $(SCHEDULE)/bundled/moe_prism/cost_model.json $(SCHEDULE)/experts/moe_prism/cost_model.json ## policies on the real engine, simulator beside (12 minutes, models and profiles apart) -> build/bench/schedule.json
+	$(BIN)/moe-prism bench schedule $(SCHEDULE)/bundled --loads low=0.3,high=1.5 --seconds 10 \
+	  $(if $(wildcard $(TRACE)),--trace $(TRACE)) --json build/bench/schedule.json --plots build/bench/schedule-plots $(ARGS)
+	$(BIN)/moe-prism bench schedule $(SCHEDULE)/experts --loads low=0.3,high=1.5 --seconds 10 --ttft-ms 3000 --tpot-ms 300 \
+	  --json build/bench/schedule-experts.json $(ARGS)
+
+bench-engine: $(SCHEDULE)/bundled/moe_prism/cost_model.json ## the engine against padded batches and continuous batching of transformers -> build/bench/engine.json
+	$(BIN)/python tools/bench_engine.py --checkpoint $(SCHEDULE)/bundled --out build/bench/engine.json $(ARGS)
+
+# On a quiet machine. The workloads are those of bench-schedule; ARGS='--seconds 300' for the length of the paper's runs.
+bench-serve: $(VENV)/.dev $(SCHEDULE)/bundled/moe_prism/cost_model.json ## the server over HTTP: load, overhead, a peer (12 minutes) -> build/bench/serve.json
+	$(BIN)/python tools/bench_serve.py --checkpoint $(SCHEDULE)/bundled --text $(word 2,$(VALID)) \
 	  --out build/bench/serve.json $(ARGS)
 
 clean: ## remove caches and build/demo

@@ -1,7 +1,7 @@
 """Every policy on every workload on the real engine: requests come open loop, the same ones for every policy.
 
-The simulator runs the same requests over the same cost model beside it. Policies take turns, and the order is reversed in
-every second round, so that a machine that slows down favours none. Knows nothing of the command line.
+The simulator runs the same requests over the same cost model beside it. Policies take turns, and the order is reversed
+in every second round, so that a machine that slows down favours none. Knows nothing of the command line.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def _validation(
     """Load -> policy -> figure -> simulated over measured, less one."""
 
     def flat(record: Mapping[str, Any]) -> dict[str, float]:
-        found = {}
+        found: dict[str, float] = {}
         for name in COMPARED:
             values = record[name] if isinstance(record[name], Mapping) else {"": record[name]}
             found |= {f"{name} {part}".strip(): float(value) for part, value in values.items()}

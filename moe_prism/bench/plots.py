@@ -112,7 +112,7 @@ def cost_png(cost: CostModel) -> bytes:
 
 def _bars(series: Mapping[str, Mapping[str, Any]], loads: Sequence[str], kind: str) -> bytes:
     figure = _figure((11.0, 5.6))
-    width = 0.8 / len(series)
+    width = 0.8 / max(1, len(series))
     for axes, (title, value, log) in zip(figure.subplots(2, 3).flat, _FIGURES, strict=True):
         for i, (name, rows) in enumerate(series.items()):
             found = [value(rows[load]) if rows.get(load) is not None else None for load in loads]
@@ -121,11 +121,11 @@ def _bars(series: Mapping[str, Mapping[str, Any]], loads: Sequence[str], kind: s
             colour = COLOURS[i - len(series)]
             axes.bar(place, heights, width, label=name, color=colour, hatch=HATCHES[i - len(series)], edgecolor="white")
         axes.set_xticks(range(len(loads)), loads)
-        if log:
+        if log and any(bar.get_height() > 0 for bar in axes.patches):
             axes.set_yscale("log")
         _dress(axes, title)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(series), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(series)), frameon=False, fontsize=9)
     figure.suptitle(kind, x=0.01, ha="left", fontsize=10)
     return _png(figure)
 

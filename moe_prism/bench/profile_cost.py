@@ -38,7 +38,8 @@ class Grid:
 
     Attributes:
         batches: decoding requests of a scene; one without any is added.
-        contexts: tokens of each before the scene begins.
+        contexts: tokens of each before the scene begins, as far as all of them hold no more than ``held``.
+        held: tokens; computing them takes most of the benchmark's time.
         pieces: prompt tokens of a step.
         shares: budgets, as shares of full budget; and one step of budgets drawn at random.
         repeats: times that each step is measured.
@@ -47,22 +48,27 @@ class Grid:
 
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     contexts: tuple[int, ...] = (32, 384)
+    held: int = 4096
     pieces: tuple[int, ...] = (8, 32, 128, 256)
     shares: tuple[float, ...] = (1 / 16, 1 / 4, 1 / 2, 3 / 4, 1.0)
     repeats: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        numbers = (*self.batches, *self.contexts, *self.pieces, self.repeats)
+        numbers = (*self.batches, *self.contexts, *self.pieces, self.held, self.repeats)
         if min(numbers) < 1 or not all(0 < share <= 1 for share in self.shares) or not self.batches:
             raise PrismError(
-                "batches, contexts, pieces and repeats must be 1 or more and shares in (0, 1], got "
-                f"{self.batches}, {self.contexts}, {self.pieces}, {self.repeats}, {self.shares}"
+                "batches, contexts, pieces, held and repeats must be 1 or more and shares in (0, 1], got "
+                f"{self.batches}, {self.contexts}, {self.pieces}, {self.held}, {self.repeats}, {self.shares}"
             )
 
     def scenes(self) -> list[tuple[int, int]]:
         """(batch, context) in a random order, so that a machine that slows down does not look like a trend."""
-        found = [(batch, context) for batch in (0, *self.batches) for context in self.contexts]
+        found = [
+            (batch, min(context, max(1, self.held // max(1, batch))))
+            for batch in (0, *self.batches)
+            for context in self.contexts
+        ]
         np.random.default_rng(self.seed).shuffle(found)
         return found
 
@@ -147,12 +153,12 @@ class Profiler:
         equal = [(k,) * batch for k in budgets]
         mixed = tuple(int(k) for k in rng.integers(1, self.full + 1, batch))
         steps = [Step(each) for each in [*equal, mixed] if batch]
-        starts = (0, context) if not batch else (0,)
         for piece in self.grid.pieces:
-            for start in starts:
-                for k in budgets if not batch else rng.choice(budgets, 2, replace=False).tolist():
-                    decoding = equal[int(rng.integers(len(equal)))] if batch else ()
-                    steps.append(Step(decoding, piece, start, k))
+            if batch:
+                steps.append(Step(equal[int(rng.integers(len(equal)))], piece, 0, int(rng.choice(budgets))))
+            else:
+                steps += [Step((), piece, 0, k) for k in budgets]
+                steps += [Step((), piece, context, int(k)) for k in rng.choice(budgets, 2, replace=False)]
         return steps
 
     def _measure(self, running: list[str], step: Step, rng: Draws) -> float:

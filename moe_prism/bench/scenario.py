@@ -70,6 +70,8 @@ def run_simulation(
     Raises:
         PrismError: no cost model, an unreadable or damaged file, or an impossible value; before anything runs.
     """
+    if scenario.replicas < 1 or scenario.repeat < 1:
+        raise PrismError(f"replicas and repeat must be 1 or more, got {scenario.replicas} and {scenario.repeat}")
     cost = cost_of(scenario)
     points = points_of(scenario)
     if points is not None and points.full_budget != cost.full_budget:

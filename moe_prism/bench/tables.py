@@ -35,16 +35,18 @@ def _title(name: str, load: Mapping[str, Any], record: Mapping[str, Any]) -> str
 
 
 def _table(title: str, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))  # fits 80 columns; JSON has all
-    table.add_column("policy", no_wrap=True)
-    for heading in ("req/s", "good/s", "TTFT 50", "TTFT 99", "TPOT 99", "e2e 50", "k", "KL", "< floor"):
+    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column("policy", no_wrap=True)  # 80 columns hold the table; the JSON has the rest
+    for heading in ("req/s", "good/s", "TTFT\np50", "\np99", "TPOT\np99", "e2e\np50", "mean\nk", "\nKL"):
         table.add_column(heading, justify="right", no_wrap=True)
+    broken = 0
     for name, row in rows:
         rates = [_number(row[key], 2) for key in ("throughput_rps", "goodput_rps")]
         shown = (("ttft_ms", "p50"), ("ttft_ms", "p99"), ("tpot_ms", "p99"), ("e2e_ms", "p50"))
         latencies = [_number(row[key][percentile], 0) for key, percentile in shown]
-        quality = [_number(row["mean_k"], 1), _number(row.get("mean_kl"), 4)]
-        table.add_row(name, *rates, *latencies, *quality, str(row["floor_violations"]))
+        table.add_row(name, *rates, *latencies, _number(row["mean_k"], 1), _number(row.get("mean_kl"), 4))
+        broken += row["floor_violations"]
+    table.caption = f"requests below their floor: {broken}"
     return table
 
 

@@ -88,6 +88,7 @@ class KeyValueMemory:
             pool.index_copy_(1, self.places, new[0])
         return pools
 
+    @torch.inference_mode()
     def move(self, source: int, target: int, length: int) -> None:
         """Copy places to lower ones; both may overlap."""
         for pools in self.layers.values():

@@ -100,7 +100,7 @@ class Engine:
         self._runner = Runner(model, limits.memory_tokens)
         if limits.full_budget != self._runner.dial.full_budget:
             raise PrismError(
-                f"full_budget must be the model's, {self._runner.dial.full_budget}: got {limits.full_budget}"
+                f"full_budget must be the model's, {self._runner.dial.full_budget}, got {limits.full_budget}"
             )
         self.policy = policy
         self.limits = limits

@@ -119,6 +119,7 @@ class CostModel:
     median_error: float | None = None
     p95_error: float | None = None
     measured: tuple[MeasuredStep, ...] = field(default=(), repr=False)
+    _by_name: dict[str, float] = field(init=False, repr=False, compare=False)
     _log_untouched: Floats = field(init=False, repr=False, compare=False)
     """log of the share of sub-experts that one request of budget k leaves untouched, k = 0 .. F"""
 
@@ -133,6 +134,7 @@ class CostModel:
             raise PrismError(f"full_budget must be from 1 to {self.sub_experts} sub-experts, got {self.full_budget}")
         if self.token_bytes < 0 or self.fixed_bytes < 0:
             raise PrismError(f"bytes must not be negative, got {self.token_bytes} a token and {self.fixed_bytes}")
+        object.__setattr__(self, "_by_name", dict(zip(TERMS, map(float, self.coefficients), strict=True)))
         with np.errstate(divide="ignore"):
             left = np.log1p(-np.arange(self.full_budget + 1) / self.sub_experts)
         object.__setattr__(self, "_log_untouched", left)
@@ -194,7 +196,7 @@ class CostModel:
         batch = budgets.shape[1]
         if not batch:
             return np.zeros(len(budgets))
-        c = dict(zip(TERMS, self.coefficients, strict=True))
+        c = self._by_name
         below = (budgets < self.full_budget).any(axis=1)
         constant = c["decode_step"] + c["decode_tokens"] * batch + c["context"] * context
         curve: Floats = (
@@ -212,7 +214,7 @@ class CostModel:
             budgets: ``[R]``.
             context: tokens of each so far, ``[R]``.
         """
-        c = dict(zip(TERMS, self.coefficients, strict=True))
+        c = self._by_name
         each = c["decode_tokens"] + c["decode_work"] / self.full_budget * budgets + c["context"] * context
         below = np.maximum.accumulate(budgets < self.full_budget)
         untouched = np.exp(np.cumsum(self._log_untouched[budgets]))
@@ -236,7 +238,7 @@ class CostModel:
         Returns:
             ``[X, Q]``.
         """
-        c = dict(zip(TERMS, self.coefficients, strict=True))
+        c = self._by_name
         reads = c["prefill_context"] * (starts + (tokens + 1) / 2)
         each = c["prefill_tokens"] + reads + c["prefill_work"] / self.full_budget * budgets
         curve: Floats = tokens * (each + c["gated_tokens"] * (budgets < self.full_budget))
@@ -244,7 +246,7 @@ class CostModel:
 
     def step_overhead(self, *, prompts: bool) -> float:
         """Seconds of a step before anything is computed, with or without prompts in it (and a gate for them)."""
-        c = dict(zip(TERMS, self.coefficients, strict=True))
+        c = self._by_name
         return c["step"] + (c["prefill_step"] + c["gated"]) * prompts
 
     def table(self, batch: int, k_active: int, context: float = 0.0) -> float:

@@ -91,11 +91,15 @@ class Columns(NamedTuple):
     priority: NDArray[np.float64]
     best_effort: NDArray[np.float64]
 
+    @staticmethod
+    def rows(requests: Iterable[Request]) -> NDArray[np.float64]:
+        """All columns as one array ``[R, 9]``, requests in their order; read-only."""
+        return np.frombuffer(b"".join([r.packed for r in requests])).reshape(-1, len(Columns._fields))
+
     @classmethod
     def of(cls, requests: Iterable[Request]) -> Columns:
         """From requests, in their order."""
-        rows = np.frombuffer(b"".join([r.packed for r in requests])).reshape(-1, len(cls._fields))
-        return cls(*rows.T)
+        return cls(*cls.rows(requests).T)
 
 
 class Running(NamedTuple):

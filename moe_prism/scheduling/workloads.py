@@ -77,7 +77,9 @@ def poisson(rate: float, seconds: float, lengths: Sequence[tuple[int, int]], mix
         seed: of arrivals, lengths and floors.
     """
     if not rate > 0 or not seconds > 0 or not lengths:
-        raise PrismError(f"rate and seconds must be above 0 and lengths not empty, got {rate}, {seconds}, {lengths}")
+        raise PrismError(
+            f"rate and seconds must be above 0 and lengths not empty, got {rate}, {seconds} and {len(lengths)} lengths"
+        )
     rng = np.random.default_rng((seed, 0))
     count = int(rng.poisson(rate * seconds))
     arrivals = np.sort(rng.uniform(0, seconds, count))
@@ -124,7 +126,8 @@ def _parse(rows: csv.DictReader[str], name: str) -> Trace:
     columns = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
     missing = [column for column in columns if column not in (rows.fieldnames or ())]
     if missing:
-        raise PrismError(f"trace {name} has no column {', '.join(missing)}; it has {rows.fieldnames}")
+        found = ", ".join(rows.fieldnames or ()) or "none"
+        raise PrismError(f"trace {name} has no column {', '.join(missing)}; it has {found}")
     arrivals: list[float] = []
     prompts: list[int] = []
     outputs: list[int] = []
@@ -139,6 +142,8 @@ def _parse(rows: csv.DictReader[str], name: str) -> Trace:
         if prompt < 1 or output < 1:
             raise PrismError(f"{where}: tokens must be 1 or more, got {prompt} and {output}")
         start = start or at
+        if (at.tzinfo is None) != (start.tzinfo is None):
+            raise PrismError(f"{where}: {row['TIMESTAMP']} and the first line must both name a time zone, or none")
         seconds = (at - start).total_seconds()
         if arrivals and seconds < arrivals[-1]:
             raise PrismError(f"{where}: its time {row['TIMESTAMP']} is before the line in front; sort the trace")

@@ -13,7 +13,7 @@ import torch
 from making import WORDS, save_stock
 from safetensors.torch import load_file
 
-COMMANDS = ("refactor", "sweep", "generate", "inspect", "restore", "demo")
+COMMANDS = ("refactor", "sweep", "generate", "inspect", "restore", "demo", "simulate")
 SMALL = "num_sub_experts: 4\nsolver: greedy\ngate: static\ncalibration_tokens: 512\ncontext: 32\n"
 
 
@@ -119,6 +119,31 @@ def test_the_demo_on_a_tiny_model(made, tmp_path) -> None:
     assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == ["elastic", "report"]
 
 
+def test_simulate_from_a_checkpoints_cost_model(made, tmp_path) -> None:
+    import shutil
+
+    from moe_prism.checkpoint.read import open_checkpoint
+    from moe_prism.scheduling import CostModel
+    from moe_prism.scheduling.cost_file import save_cost_model
+    from moe_prism.scheduling.cost_model import TERMS
+
+    copy = tmp_path / "elastic"
+    shutil.copytree(made / "elastic", copy)
+    checkpoint = open_checkpoint(copy)
+    full = checkpoint.elastic.full_budget
+    save_cost_model(checkpoint, CostModel((1e-3,) * len(TERMS), full, 64, checkpoint=checkpoint.fingerprint()))
+    done = run(
+        *("simulate", copy, "--seconds", 5, "--loads", "high=2", "--policies", "continuous,fifo-original"),
+        *("--json", tmp_path / "out" / "s.json", "--plots", tmp_path / "plots"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fifo-original" in done.stdout
+    policies = json.loads((tmp_path / "out" / "s.json").read_text())["loads"]["high"]["policies"]
+    assert policies.keys() == {"continuous", "fifo-original"}
+    assert (tmp_path / "plots" / "policies.png").exists()
+    assert run("inspect", copy).returncode == 0  # checksums are right with a cost model in it
+
+
 def altered(made: Path, tmp_path: Path, name: str, how: str) -> Path:
     import shutil
 
@@ -160,6 +185,9 @@ def bad_calls(made: Path, tmp_path: Path) -> dict[str, tuple[tuple[object, ...],
         "budget 99": (("sweep", made / "elastic", "--budgets", "99", "--text", made / "text.txt"), "99"),
         "prompt": (("generate", made / "elastic", "--prompt", ""), "prompt is empty"),
         "demo": (("demo", "--model", tmp_path), "no model at"),
+        "no cost model": (("simulate", made / "elastic"), "moe-prism profile-cost"),
+        "loads": (("simulate", made / "elastic", "--loads", "high"), "low=0.3,high=1.5"),
+        "floors": (("simulate", made / "elastic", "--floors", "a=1"), "0.25=0.4"),
     }
 
 
@@ -168,6 +196,7 @@ def bad_calls(made: Path, tmp_path: Path) -> dict[str, tuple[tuple[object, ...],
     [
         *("budget", "stock", "no directory", "future", "taken", "divides"),
         *("recipe", "budgets", "budget 99", "prompt", "demo"),
+        *("no cost model", "loads", "floors"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_code_2(name: str, made, tmp_path) -> None:

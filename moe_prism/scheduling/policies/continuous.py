@@ -20,14 +20,14 @@ Knows no engine, and nothing of how a step's time comes about but the cost model
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..cost_model import Floats, Ints
-from ..requests import Columns, Request, Running, State, StepPlan
+from ..requests import Columns, Running, State, StepPlan
 from .base import POLICIES, Policy, memory_left, positive
 from .queue import Order, in_turn, those_with_room
 
@@ -41,7 +41,7 @@ class _Decoding(NamedTuple):
     """Those whose prompt is done, ``[D]``, and what they leave for a step.
 
     Attributes:
-        requests: themselves.
+        names: their ids.
         budgets: at every excess, ``[F, D]``.
         before: excess of the step before, None where there was none.
         steady: seconds of a step that keeps their pace; infinite where D = 0.
@@ -50,7 +50,7 @@ class _Decoding(NamedTuple):
         capped: the same if no more different sub-experts are loaded than the floors need, ``[F]``.
     """
 
-    requests: list[Request]
+    names: list[str]
     budgets: Ints
     before: int | None
     steady: float
@@ -66,15 +66,23 @@ class _Line(NamedTuple):
         names: their ids.
         tokens: left of each.
         starts: computed of each.
-        due: seconds until the first token is due.
         budgets: at every excess, ``[F, Q]``.
+        due: seconds until the first token is due.
+        times: predicted seconds until it is there at every excess, ``[F, Q]``.
     """
 
     names: list[str]
     tokens: Floats
     starts: Floats
-    due: Floats
     budgets: Ints
+    due: Floats
+    times: Floats
+
+    def largest(self, ease: float) -> int:
+        """The largest excess with which all are in time; ``ease`` is the share of the time they may take."""
+        if not self.names:
+            return len(self.budgets) - 1
+        return _largest((self.times <= ease * self.due).all(axis=1), self.times[:, -1])
 
 
 @POLICIES.register("continuous")
@@ -114,41 +122,45 @@ class Continuous(Policy):
 
     def plan(self, state: State, now: float) -> StepPlan:
         """See ``Policy.plan``."""
-        decoding = self._decoding([r for r in state.running if r.prefilled >= r.request.prompt_tokens], state, now)
-        begun = [r for r in state.running if r.prefill_left]
-        waiting = Columns.of(state.waiting)
-        late = now - waiting.arrival >= self.patience
-        fitting = those_with_room(self.order(waiting, now, state.admitted), waiting, late, state)
-        fitting = self._in_pace(fitting, waiting, late, begun, decoding)
-        line = self._line(begun, waiting, fitting, state, now)
-        demand = _demand(state, waiting)
-        for_prompts = min(self._for_prompts(line, decoding, 1.0), _uncrowded(demand, 1.0, state))
+        everyone, full = Columns.rows(r.request for r in state.running), state.limits.full_budget
+        decodes = np.array([r.prefilled >= r.request.prompt_tokens for r in state.running], dtype=bool)
+        begun = [r for r, done in zip(state.running, decodes.tolist(), strict=True) if not done]
+        running = [r for r in state.running if r.prefilled >= r.request.prompt_tokens] if begun else state.running
+        decoding = self._decoding(running, Columns(*everyone[decodes].T), full, now)
+        waiting = Columns.rows(state.waiting)
+        fitting = self._fitting(everyone, waiting, decoding, state, now)
+        names = [r.request.id for r in begun] + [state.waiting[i].id for i in fitting.tolist()]
+        line = self._line(names, np.concatenate([everyone[~decodes], waiting[fitting]]), begun, decoding, full, now)
+        demand = _demand(state, Columns(*waiting.T))
+        for_prompts = min(line.largest(1.0), _uncrowded(demand, 1.0, state))
         excess, cap = self._for_decoding(line, decoding, demand, state)
         pieces = self._pieces(line, decoding, for_prompts, excess, state.limits.max_prefill)
-        prefill = {name: tokens for name, tokens in zip(line.names, pieces, strict=True) if tokens}
-        budgets = {
-            name: k
-            for name, k in zip(line.names, line.budgets[for_prompts].tolist(), strict=True)
-            if name in prefill
-        }  # fmt: skip
-        budgets.update(zip((r.id for r in decoding.requests), decoding.budgets[excess].tolist(), strict=True))
-        admit = tuple(name for name in line.names[len(begun) :] if name in prefill)
-        return StepPlan(admit, budgets, prefill, cap)
+        prefill = {name: tokens for name, tokens in zip(names, pieces, strict=True) if tokens}
+        given = dict(zip(names, line.budgets[for_prompts].tolist(), strict=True))
+        budgets = {name: given[name] for name in prefill}
+        budgets.update(zip(decoding.names, decoding.budgets[excess].tolist(), strict=True))
+        return StepPlan(tuple(name for name in names[len(begun) :] if name in prefill), budgets, prefill, cap)
 
-    def order(self, waiting: Columns, now: float, admitted: int = 0) -> Order:
+    def order(self, waiting: Columns, decoding: _Decoding, state: State, now: float) -> Order:
         """Indices of waiting requests, the next one first.
 
         By priority; of equal ones those that can still have their first token in time, then by when it is due. Those
         that have waited ``patience`` seconds are every second one, in order of arrival, as long as there are any.
-
-        Args:
-            waiting: requests, ``[W]``.
-            now: in seconds.
-            admitted: requests admitted so far; after an even number it is the turn of those who have waited.
         """
         due = self._due(waiting)
-        regular = np.lexsort((waiting.arrival, due, due < now, waiting.priority))
-        return in_turn(regular, waiting.arrival, now - waiting.arrival >= self.patience, admitted)
+        floor, _ = self.bounds(waiting, state.limits.full_budget)
+        least = self.cost.prefill_curve(waiting.prompt_tokens, np.zeros(len(due)), floor[None].astype(np.int64))[0]
+        missed = now + self._beside(least, decoding, 0) > due
+        regular = np.lexsort((waiting.arrival, due, missed, waiting.priority))
+        return in_turn(regular, waiting.arrival, now - waiting.arrival >= self.patience, state.admitted)
+
+    def _beside(self, seconds: Floats, decoding: _Decoding, excess: int | slice) -> Floats:
+        """How long prompts take that would take so long alone: decoding takes its part of every step."""
+        overhead = self.cost.step_overhead(prompts=True)
+        if not decoding.names:
+            return seconds + overhead
+        share = np.maximum(1.0 - (overhead + decoding.capped[excess]) / decoding.steady, 1e-9)
+        return seconds / (share[:, None] if isinstance(excess, slice) else share)
 
     def bounds(self, columns: Columns, full_budget: int) -> tuple[Floats, Floats]:
         """Least and most budget of each request, ``[R]``."""
@@ -170,11 +182,12 @@ class Continuous(Policy):
     def _budgets(self, columns: Columns, full_budget: int) -> Ints:
         """At every excess, ``[F, R]``."""
         floor, most = self.bounds(columns, full_budget)
-        return np.minimum(most, floor + np.arange(full_budget)[:, None]).astype(np.int64)
+        excess = np.arange(full_budget)[:, None]
+        budgets: Ints = np.minimum(most.astype(np.int64), floor.astype(np.int64) + excess)
+        return budgets
 
-    def _decoding(self, running: list[Running], state: State, now: float) -> _Decoding:
-        columns = Columns.of(r.request for r in running)
-        budgets = self._budgets(columns, state.limits.full_budget)
+    def _decoding(self, running: Sequence[Running], columns: Columns, full_budget: int, now: float) -> _Decoding:
+        budgets = self._budgets(columns, full_budget)
         generated = np.array([r.generated for r in running], dtype=float)
         context = float(columns.prompt_tokens.sum() + generated.sum())
         curve = self.cost.decode_curve(budgets, context)
@@ -183,65 +196,51 @@ class Continuous(Policy):
             capped = self.cost.decode_curve(budgets, context, np.full(len(budgets), self.cost.touched(budgets[:1])[0]))
         first = np.array([now if r.first_token is None else r.first_token for r in running])
         each = self._each(columns)
-        with np.errstate(invalid="ignore"):
-            ahead = np.where(np.isinf(each), math.inf, first + generated * each - now)
-        behind = np.maximum(ahead, HURRY * each)
+        ahead = np.maximum(first + generated * each - now, HURRY * each)
+        last = np.array([r.budget if r.generated > 1 else 0 for r in running])  # a prompt's budget says nothing
         return _Decoding(
-            [r.request for r in running],
+            [r.request.id for r in running],
             budgets,
-            _before(running, budgets),
-            self.margin * float(np.minimum(behind, each).min(initial=math.inf)),
-            self.margin * float(np.minimum(behind, LEND * each).min(initial=math.inf)),
+            _before(last, budgets),
+            self.margin * float(np.minimum(ahead, each).min(initial=math.inf)),
+            self.margin * float(np.minimum(ahead, LEND * each).min(initial=math.inf)),
             curve,
             capped,
         )
 
-    def _line(self, begun: list[Running], waiting: Columns, fitting: Order, state: State, now: float) -> _Line:
-        first = Columns.of(r.request for r in begun)
-        columns = Columns(*(np.concatenate([a, b[fitting]]) for a, b in zip(first, waiting, strict=True)))
-        starts = np.zeros(len(columns.arrival))
-        starts[: len(begun)] = [r.prefilled for r in begun]
-        return _Line(
-            [r.request.id for r in begun] + [state.waiting[i].id for i in fitting.tolist()],
-            columns.prompt_tokens - starts,
-            starts,
-            self._due(columns) - now,
-            self._budgets(columns, state.limits.full_budget),
-        )
+    def _fitting(self, everyone: Floats, waiting: Floats, decoding: _Decoding, state: State, now: float) -> Order:
+        """Those of the waiting requests for whom there is room, and time for a step with all at their floors.
 
-    def _for_prompts(self, line: _Line, decoding: _Decoding, ease: float) -> int:
-        """The largest excess with which the whole line is in time; ``ease`` is the share of the time it may take."""
-        most = len(line.budgets) - 1
-        if not line.names:
-            return most
-        work = np.cumsum(self.cost.prefill_curve(line.tokens, line.starts, line.budgets), axis=1)
-        overhead = self.cost.step_overhead(prompts=True)
-        if decoding.requests:  # they take their part of every step
-            share = 1.0 - (overhead + decoding.capped) / decoding.steady
-            times = work / np.maximum(share, 1e-9)[:, None]
-        else:
-            times = work + overhead
-        return _largest((times <= ease * line.due).all(axis=1), work[:, -1])
-
-    def _in_pace(
-        self, fitting: Order, waiting: Columns, late: NDArray[np.bool_], begun: list[Running], decoding: _Decoding
-    ) -> Order:
-        """As many as can decode at their floors, with all who run, and keep everyone's pace; late ones anyway."""
-        running = Columns.of([*(r.request for r in begun), *decoding.requests])
-        first = len(running.arrival)
-        columns = Columns(*(np.concatenate([a, b[fitting]]) for a, b in zip(running, waiting, strict=True)))
-        if len(columns.arrival) < 2:
-            return fitting  # whoever is alone may run
-        floor, _ = self.bounds(columns, self.cost.full_budget)
+        Late ones count on no time.
+        """
+        if not len(waiting) or len(state.running) >= state.limits.max_running:
+            return np.empty(0, dtype=np.intp)
+        columns = Columns(*waiting.T)
+        late = now - columns.arrival >= self.patience
+        fitting = those_with_room(self.order(columns, decoding, state, now), columns, late, state)
+        columns = Columns(*np.concatenate([everyone, waiting[fitting]]).T)
+        floor, _ = self.bounds(columns, state.limits.full_budget)
         seconds = self.cost.decode_growth(floor.astype(np.int64), columns.prompt_tokens)
         pace = self.margin * np.minimum.accumulate(self._each(columns))
-        kept = (seconds + self.cost.step_overhead(prompts=False) <= pace)[first:]
-        kept[: 1 - min(first, 1)] = True
-        return fitting[np.logical_and.accumulate(kept) | late[fitting]]
+        kept = seconds + self.cost.step_overhead(prompts=False) <= pace
+        kept[:1] = True  # whoever is alone may run
+        return fitting[np.logical_and.accumulate(kept[len(everyone) :]) | late[fitting]]
+
+    def _line(
+        self, names: list[str], rows: Floats, begun: list[Running], decoding: _Decoding, full_budget: int, now: float
+    ) -> _Line:
+        columns = Columns(*rows.T)
+        starts = np.zeros(len(rows))
+        starts[: len(begun)] = [r.prefilled for r in begun]
+        tokens = columns.prompt_tokens - starts
+        budgets = self._budgets(columns, full_budget)
+        work = np.cumsum(self.cost.prefill_curve(tokens, starts, budgets), axis=1)
+        times = self._beside(work, decoding, slice(None))
+        return _Line(names, tokens, starts, budgets, self._due(columns) - now, times)
 
     def _for_decoding(self, line: _Line, decoding: _Decoding, demand: float, state: State) -> tuple[int, int | None]:
         """Excess of decoding requests, and a cap on different sub-experts if there is to be one."""
-        if not decoding.requests:
+        if not decoding.names:
             return 0, None
         overhead = self.cost.step_overhead(prompts=False)
         limit = decoding.steady
@@ -249,7 +248,7 @@ class Continuous(Policy):
         def most(ease: float) -> int:
             fits = decoding.capped <= ease * limit - overhead
             uncrowded = _uncrowded(demand, ease, state)
-            return min(_largest(fits, decoding.capped), self._for_prompts(line, decoding, ease), uncrowded)
+            return min(_largest(fits, decoding.capped), line.largest(ease), uncrowded)
 
         excess = most(1.0)
         before = decoding.before
@@ -272,7 +271,7 @@ class Continuous(Policy):
         budgets = line.budgets[for_prompts : for_prompts + 1]
         seconds = self.cost.prefill_curve(line.tokens, line.starts, budgets)[0]
         room = self.cost.step_overhead(prompts=True)
-        if decoding.requests:
+        if decoding.names:
             room = decoding.lent - room - float(decoding.curve[excess])
             least = min(float(self.piece), float(line.tokens.sum()))
         else:
@@ -321,13 +320,12 @@ def _uncrowded(demand: float, ease: float, state: State) -> int:
     return int((state.limits.full_budget - 1) * min(1.0, max(0.0, share)) + 1e-9)
 
 
-def _before(running: list[Running], budgets: Ints) -> int | None:
-    """The excess of the step before; None where nobody decoded."""
-    last = np.array([r.budget if r.generated > 1 else -1 for r in running])
+def _before(last: Ints, budgets: Ints) -> int | None:
+    """The excess of the step before from its budgets ``[D]``, 0 for those who did not decode; None if nobody did."""
     decoded = last > 0
     if not decoded.any():
         return None
-    open_ended = decoded & (last < budgets[-1])
-    if not open_ended.any():
+    below = decoded & (last < budgets[-1])
+    if not below.any():
         return len(budgets) - 1
-    return max(0, int((last - budgets[0])[open_ended].min()))
+    return max(0, int((last - budgets[0])[below].min()))
