@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-triton test-browser test-serve-stress lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier frontier-second frontier-dense bench-kernels bench-batch bench-decode simulate bench-schedule bench-server bench-schedule bench-engine clean distclean
+.PHONY: help env demo test test-triton test-browser test-serve-stress lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier frontier-second frontier-dense bench-kernels bench-batch bench-decode simulate bench-scheduler bench-schedule bench-serve bench-engine clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
