@@ -180,13 +180,6 @@ bench-batch: $(VENV)/.dev build/bench/reference/config.json ## selection for a w
 bench-decode: $(VENV)/.dev ## a whole decode step against peers (PEERS=...) -> build/bench/decode.json
 	$(BIN)/python tools/bench_decode.py --out build/bench/decode.json $(PEERS) $(ARGS)
 
-build/bench/reference/moe_prism/cost_model.json: build/bench/reference/config.json
-	$(BIN)/moe-prism profile-cost build/bench/reference
-
-# On a quiet machine; ARGS='--seconds 300' for the length of the paper's runs.
-bench-serve: $(VENV)/.dev build/bench/reference/moe_prism/cost_model.json ## the server over HTTP: load, overhead, a peer (12 minutes) -> build/bench/serve.json
-	$(BIN)/python tools/bench_serve.py --checkpoint build/bench/reference --text $(word 2,$(VALID)) \
-	  --out build/bench/serve.json $(ARGS)
 # COST: a cost model file; without it the demo's checkpoint must have one (moe-prism profile-cost).
 POINTS ?= docs/results/demo/operating_points.json
 TRACE  := $(DATA)/traces/azure-llm-2023-conv.csv
@@ -218,6 +211,11 @@ bench-schedule: $(SCHEDULE)/bundled/moe_prism/cost_model.json $(SCHEDULE)/expert
 
 bench-engine: $(SCHEDULE)/bundled/moe_prism/cost_model.json ## the engine against padded batches and continuous batching of transformers -> build/bench/engine.json
 	$(BIN)/python tools/bench_engine.py --checkpoint $(SCHEDULE)/bundled --out build/bench/engine.json $(ARGS)
+
+# On a quiet machine. The workloads are those of bench-schedule; ARGS='--seconds 300' for the length of the paper's runs.
+bench-serve: $(VENV)/.dev $(SCHEDULE)/bundled/moe_prism/cost_model.json ## the server over HTTP: load, overhead, a peer (12 minutes) -> build/bench/serve.json
+	$(BIN)/python tools/bench_serve.py --checkpoint $(SCHEDULE)/bundled --text $(word 2,$(VALID)) \
+	  --out build/bench/serve.json $(ARGS)
 
 clean: ## remove caches and build/demo
 	rm -rf build/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

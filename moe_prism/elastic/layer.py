@@ -22,14 +22,9 @@ from .batch_selection import choose
 from .compensation import Recalibration
 from .cpu_selection import select, select_all
 from .dial import Dial, StepBudgets
-<<<<<<< HEAD
 from .executors import NeuronRule, choose_executor
 from .ladder import LadderPlan, run_ladder
 from .selection import gather_selection, pooled_scores, softmax_weights, whole_experts
-=======
-from .executors import CpuExecutor, NeuronRule, choose_executor
-from .selection import gather_selection, pooled_scores, whole_experts
->>>>>>> engine
 
 # Tokens at full budget from which they run apart from the others of a step on a CPU: scoring a long prompt for nothing
 # costs more than reading some weights twice (256 of 260 tokens, bundled model: 29 ms a layer together, 13 apart).
@@ -99,11 +94,8 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         from .model import attach_on_demand
 
         state = attach_on_demand(module)
-<<<<<<< HEAD
     step = state.dial.step(len(hidden_states), hidden_states.device, state.number)
-=======
-    step = state.dial.step(len(hidden_states), hidden_states.device)
-    if step is not None and step.k_min is None and hidden_states.device.type == "cpu":
+    if step is not None and step.k_min is step.means is None and hidden_states.device.type == "cpu":
         whole = step.k_active == state.dial.full_budget
         count = int(whole.sum())
         if SPLIT_FROM <= count < len(whole):
@@ -123,12 +115,6 @@ def _run(
     step: StepBudgets | None,
 ) -> Tensor:
     """The experts of tokens with budgets, or without."""
-    look, neurons = (step, None) if step is None else state.dial.spend(step)
-    executor = choose_executor(state.dial.executor, module, hidden_states, top_k_index.shape[1], neurons is not None)
-    if step is None and not isinstance(executor, CpuExecutor):
-        own: Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
-        return own
->>>>>>> engine
     n, experts = state.num_sub_experts, int(module.num_experts)  # type: ignore[arg-type]
     index, valid = top_k_index, None
     if module._is_expert_parallel:
@@ -161,7 +147,9 @@ def _run(
         if state.gate.reweights:
             own_weights = softmax_weights(scores.values, top_k_weights)
             part = selection.sub_expert % n
-            selection = selection._replace(weight=own_weights[selection.token, selection.slot, part])
+            whole = step.k_active.to(index.device)[selection.token] == state.dial.full_budget
+            mine = own_weights[selection.token, selection.slot, part].to(selection.weight.dtype)
+            selection = selection._replace(weight=torch.where(whole, selection.weight, mine))
         if neurons is None:
             out = executor.run(module, hidden_states, selection, n, scores.activations)
         elif isinstance(state.dial.plan, LadderPlan):

@@ -16,8 +16,8 @@ from fastapi import FastAPI
 from ..errors import PrismError
 from .bridge import Bridge
 
-# Longer than clients keep idle connections (OpenAI's: 5 seconds), so that they are the ones who close them: a request on
-# a connection that the server is just closing is lost.
+# Longer than clients keep idle connections (OpenAI's: 5 seconds), so that they are the ones who close them: a request
+# on a connection that the server is just closing is lost.
 KEEP_ALIVE_SECONDS = 75
 
 
