@@ -145,11 +145,10 @@ def _run(
             chosen = choose(pooled, top_k_weights, index, look, experts * n)
             selection = gather_selection(chosen, index, top_k_weights, look.pairs if valid is None else None)
         if state.gate.reweights:
-            own_weights = softmax_weights(scores.values, top_k_weights)
+            full = step.k_active.to(index.device) == state.dial.full_budget
+            own_weights = softmax_weights(scores.values, top_k_weights, full)
             part = selection.sub_expert % n
-            whole = step.k_active.to(index.device)[selection.token] == state.dial.full_budget
-            mine = own_weights[selection.token, selection.slot, part].to(selection.weight.dtype)
-            selection = selection._replace(weight=torch.where(whole, selection.weight, mine))
+            selection = selection._replace(weight=own_weights[selection.token, selection.slot, part])
         if neurons is None:
             out = executor.run(module, hidden_states, selection, n, scores.activations)
         elif isinstance(state.dial.plan, LadderPlan):

@@ -73,7 +73,7 @@ def best(pooled: Tensor, first: Tensor, budgets: Tensor) -> Tensor:
     return ((rank < budgets[:, None]) & possible).view_as(pooled)
 
 
-def softmax_weights(values: Tensor, weights: Tensor) -> Tensor:
+def softmax_weights(values: Tensor, weights: Tensor, full: Tensor) -> Tensor:
     """Weights of the candidates where the gate gives them, fp32 ``[T, k, N]``.
 
     A gate's softmax over the candidates shares out the token's routing weights, N times over since each expert has N
@@ -82,8 +82,10 @@ def softmax_weights(values: Tensor, weights: Tensor) -> Tensor:
     Args:
         values: ``[T, k, N]``, adding up to one for every token.
         weights: ``[T, k]`` routing weights.
+        full: bool ``[T]``, tokens at full budget: they keep their routing weights, whatever the gate says.
     """
-    return values.float() * (values.shape[2] * weights.float().sum(dim=1))[:, None, None]
+    shared = values.float() * (values.shape[2] * weights.float().sum(dim=1))[:, None, None]
+    return torch.where(full[:, None, None], weights[..., None].float(), shared)
 
 
 def gather_selection(chosen: Tensor, index: Tensor, weights: Tensor, pairs: int | None = None) -> Selection:

@@ -40,8 +40,9 @@ def trainable_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Ten
     fixed = pooled.detach()
     chosen = best(fixed, first_candidates(fixed, top_k_weights), look.k_active)
     reweights = state.gate.reweights
-    own_weights = softmax_weights(scores.values, top_k_weights) if reweights else top_k_weights[..., None].float()
-    weights = own_weights.expand(-1, -1, n)
+    weights = top_k_weights[..., None].float().expand(-1, -1, n)
+    if reweights:
+        weights = softmax_weights(scores.values, top_k_weights, step.k_active == state.dial.full_budget)
     rows = _Rows(module, hidden_states, top_k_index)
     if count is None:
         coefficient = weights * (chosen if reweights else _chosen(pooled, chosen))
