@@ -130,7 +130,7 @@ def test_a_step_that_raises_fails_its_requests_only(checkpoint: Path) -> None:
         client = live.client()
         stream = client.completions.create(**LONG, stream=True)
         next(stream)
-        broken["left"] = 2
+        broken["left"] = 1
         with pytest.raises(Exception, match="no memory for this step"):
             list(stream)
         reply = client.completions.create(**LONG | {"max_tokens": 5})
