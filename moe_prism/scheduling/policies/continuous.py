@@ -10,7 +10,8 @@ decoding. Times are predicted by the cost model:
    and everyone, at the floor, keeps the pace. The prompts' excess is the largest with which the whole line has its
    first tokens in time; nobody decodes at a larger one meanwhile.
 3. *Decoding* has the largest excess with which a step keeps the objectives. It falls at once, and rises slowly and only
-   where there is room to spare. Both excesses fall as places or memory run out, before anybody has to wait for them.
+   where there is room to spare. Both excesses fall as places or memory run out, before anybody has to wait for them. No
+   excess is given up that would have bought less than a fiftieth of a step.
 4. *Pieces.* The line's prompts are computed in order, as many tokens as fit into the step beside the decoding; who gets
    none stays in the queue.
 
@@ -33,6 +34,7 @@ from .queue import Order, in_turn, those_with_room
 
 LEND = 2.0  # a step with prompts may take this many times a token's objective from requests that are ahead
 HURRY = 0.5  # how far a request that is behind its schedule shortens the step, as a share of its objective
+NOTHING = 0.02  # a share of a step's time that is not worth any quality
 # running and waiting requests over those that there is room for: where excess begins to fall, and where none is left
 CROWDED, FULL_HOUSE = 0.75, 1.25
 
@@ -243,12 +245,12 @@ class Continuous(Policy):
         if not decoding.names:
             return 0, None
         overhead = self.cost.step_overhead(prompts=False)
-        limit = decoding.steady
+        limit, seconds = decoding.steady, overhead + decoding.capped
 
         def most(ease: float) -> int:
-            fits = decoding.capped <= ease * limit - overhead
-            uncrowded = _uncrowded(demand, ease, state)
-            return min(_largest(fits, decoding.capped), line.largest(ease), uncrowded)
+            fitting = _largest(seconds <= ease * limit, seconds)
+            excess = min(fitting, line.largest(ease), _uncrowded(demand, ease, state))
+            return max(excess, min(fitting, _as_good(excess, seconds)))
 
         excess = most(1.0)
         before = decoding.before
@@ -297,7 +299,12 @@ def _first(tokens: Floats, most: float) -> Floats:
 def _largest(fits: Any, seconds: Floats) -> int:
     """The largest excess that fits; if none does the fastest, which is not 0 where a gate costs more than it saves."""
     found = np.flatnonzero(fits)
-    return int(found[-1] if len(found) else np.argmin(seconds))
+    return int(found[-1]) if len(found) else _as_good(int(np.argmin(seconds)), seconds)
+
+
+def _as_good(excess: int, seconds: Floats) -> int:
+    """The largest excess that takes hardly longer than this one: quality is not given up for nothing."""
+    return int(np.flatnonzero(seconds <= (1.0 + NOTHING) * seconds[excess])[-1])
 
 
 def _demand(state: State, waiting: Columns) -> float:
