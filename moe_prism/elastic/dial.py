@@ -64,6 +64,8 @@ class Dial:
         self.plan: Plan | None = None
         self._buffer = torch.empty(0, dtype=torch.int64)
         self._filled: int | None = None
+        self._floors: Tensor | None = None
+        self._filled_cap: int | None = None
         self._pairs = 0
 
     def check(self, k_active: object) -> int:
@@ -99,20 +101,26 @@ class Dial:
             return max(1, int(value * self.full_budget + 1e-9))
         return self.check(value)
 
-    def fill(self, budgets: Sequence[int] | Tensor | None) -> None:
+    def fill(
+        self, budgets: Sequence[int] | Tensor | None, floors: Tensor | None = None, cap: int | None = None
+    ) -> None:
         """Budgets of the next forward's tokens, until changed; None returns to ``k_active``.
 
         They are copied into one persistent buffer, which all layers read.
 
         Args:
             budgets: one per token, in the order of the flattened batch; a tensor must be on the CPU.
+            floors: int64 ``[T]`` on the CPU; with them, selection looks at the whole batch (see ``set_budget``), and
+                this is what each token is sure of.
+            cap: different sub-experts that a layer may touch; needs floors.
 
         Raises:
             PrismError: a value is out of range.
         """
         if budgets is None:
-            self._filled = None
+            self._filled = self._floors = self._filled_cap = None
             return
+        self._floors, self._filled_cap = floors, cap
         values = torch.as_tensor(budgets, dtype=torch.int64, device="cpu")
         if len(values) and not 1 <= int(values.min()) <= int(values.max()) <= self.full_budget:
             bad = values[(values < 1) | (values > self.full_budget)][0]
@@ -133,6 +141,8 @@ class Dial:
                 raise PrismError(f"{self._filled} budgets were filled in, but the step has {tokens} tokens")
             if self._buffer.device != device:
                 self._buffer = self._buffer.to(device)
+            if self._floors is not None:
+                return StepBudgets(self._buffer[:tokens], self._floors.to(device), self._filled_cap)
             return self._step(self._buffer[:tokens], self._pairs)
         if self.rows is not None:
             if not len(self.rows) or tokens % len(self.rows):
