@@ -127,7 +127,7 @@ class Continuous(Policy):
         begun = [r for r, done in zip(state.running, decodes.tolist(), strict=True) if not done]
         running = [r for r in state.running if r.prefilled >= r.request.prompt_tokens] if begun else state.running
         decoding = self._decoding(running, Columns(*everyone[decodes].T), full, now)
-        waiting = Columns.rows(state.waiting)
+        waiting = np.asfortranarray(Columns.rows(state.waiting))  # whole columns are read
         fitting = self._fitting(everyone, waiting, decoding, state, now)
         names = [r.request.id for r in begun] + [state.waiting[i].id for i in fitting.tolist()]
         line = self._line(names, np.concatenate([everyone[~decodes], waiting[fitting]]), begun, decoding, full, now)
@@ -151,7 +151,7 @@ class Continuous(Policy):
         floor, _ = self.bounds(waiting, state.limits.full_budget)
         least = self.cost.prefill_curve(waiting.prompt_tokens, np.zeros(len(due)), floor[None].astype(np.int64))[0]
         missed = now + self._beside(least, decoding, 0) > due
-        regular = np.lexsort((waiting.arrival, due, missed, waiting.priority))
+        regular = np.lexsort((due, 2 * waiting.priority + missed))  # stable, and they come in order of arrival
         return in_turn(regular, waiting.arrival, now - waiting.arrival >= self.patience, state.admitted)
 
     def _beside(self, seconds: Floats, decoding: _Decoding, excess: int | slice) -> Floats:
