@@ -87,7 +87,7 @@ def test_a_failed_step_answers_its_requests_and_the_engine_goes_on(
         assert engine.step() == [FailedEvent("a", "RuntimeError: out of luck")]
     assert engine.stats.cache_use == 0
     assert tokens_of(drain(engine)["b"]) == alone(model, prompt(30), 5, 4)[0]
-    assert dial_of(model).step(3, torch.device("cpu")) is None  # no budgets are left behind
+    assert dial_of(model).step(3, torch.device("cpu"), 0) is None  # no budgets are left behind
 
 
 def test_a_request_with_logits_that_are_not_finite_fails_alone(
