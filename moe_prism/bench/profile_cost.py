@@ -41,7 +41,7 @@ class Grid:
         contexts: tokens of each before the scene begins, as far as all of them hold no more than ``held``.
         held: tokens; computing them takes most of the benchmark's time.
         pieces: prompt tokens of a step.
-        shares: budgets, as shares of full budget; and one step of budgets drawn at random.
+        shares: budgets, as shares of full budget; and two steps of budgets drawn at random, from these and from all.
         repeats: times that each step is measured.
         seed: of prompts, random budgets, the order of scenes and the steps held out of the fit.
     """
@@ -75,7 +75,7 @@ class Grid:
     @property
     def memory_tokens(self) -> int:
         """What the largest scene holds."""
-        steps = self.repeats * (len(self.shares) + 1) * (len(self.pieces) + 1)
+        steps = self.repeats * (len(self.shares) + 2) * (len(self.pieces) + 1)
         return (max(self.batches) + 1) * (max(self.contexts) + steps + max(self.pieces) + 2)
 
 
@@ -151,8 +151,9 @@ class Profiler:
     def _steps(self, batch: int, context: int, rng: Draws) -> list[Step]:
         budgets = [max(1, round(share * self.full)) for share in self.grid.shares]
         equal = [(k,) * batch for k in budgets]
-        mixed = tuple(int(k) for k in rng.integers(1, self.full + 1, batch))
-        steps = [Step(each) for each in [*equal, mixed] if batch]
+        # what a server's batch looks like: floors of a few kinds, and anything between
+        mixed = [tuple(rng.choice(budgets, batch).tolist()), tuple(rng.integers(1, self.full + 1, batch).tolist())]
+        steps = [Step(each) for each in [*equal, *mixed] if batch]
         for piece in self.grid.pieces:
             if batch:
                 steps.append(Step(equal[int(rng.integers(len(equal)))], piece, 0, int(rng.choice(budgets))))

@@ -79,6 +79,8 @@ class Dial:
         self._buffer = torch.empty(0, dtype=torch.int64)
         self._filled: Tensor | None = None
         self._requests: Tensor | None = None
+        self._floors: Tensor | None = None
+        self._filled_cap: int | None = None
 
     def check(self, k_active: object) -> int:
         """``k_active`` itself; raises PrismError if it is not a whole number in range."""
@@ -117,7 +119,14 @@ class Dial:
             return max(1, int(value * self.full_budget + 1e-9))
         return self.check(value)
 
-    def fill(self, budgets: Sequence[float] | Tensor | None, requests: Sequence[int] | Tensor | None = None) -> None:
+    def fill(
+        self,
+        budgets: Sequence[float] | Tensor | None,
+        requests: Sequence[int] | Tensor | None = None,
+        *,
+        floors: Tensor | None = None,
+        cap: int | None = None,
+    ) -> None:
         """Budgets of the next forward's tokens, until changed; None returns to ``k_active``.
 
         They are copied into one persistent buffer, which all layers read.
@@ -127,12 +136,15 @@ class Dial:
                 unless tokens share.
             requests: which request each token is of, as a small number of its own (see ``Sharing.open``); only tokens
                 whose request is known share. Ignored where the checkpoint does not share.
+            floors: int64 ``[T]`` on the CPU; with them, selection looks at the whole batch (see ``set_budget``), and
+                this is what each token is sure of.
+            cap: different sub-experts that a layer may touch; needs floors.
 
         Raises:
             PrismError: a value is out of range, or not whole.
         """
         if budgets is None:
-            self._filled = None
+            self._filled = self._floors = self._filled_cap = None
             return
         means = torch.as_tensor(budgets, dtype=torch.float64, device="cpu")
         values = means.long()
@@ -147,6 +159,7 @@ class Dial:
         self._buffer[: len(values)].copy_(values)
         self._filled = means if sharing else values.clone()
         self._requests = torch.as_tensor(requests, dtype=torch.int64, device="cpu") if sharing else None
+        self._floors, self._filled_cap = floors, cap
 
     def begin(self, rows: int, tokens: int, fresh: bool) -> None:
         """A forward of a whole batch starts: its rows are the requests that share, unless ``fill`` named others.
@@ -181,6 +194,9 @@ class Dial:
                 raise PrismError(f"{len(self._filled)} budgets were filled in, but the step has {tokens} tokens")
             if self._buffer.device != device:
                 self._buffer = self._buffer.to(device)
+            if self._floors is not None:
+                budgets, floors = self._buffer[:tokens], self._floors.to(device)
+                return StepBudgets(self.of_layer(budgets, layer), self.of_layer(floors, layer), self._filled_cap)
             if self._requests is not None and self.k_min is None:
                 return self._shared(self._filled, self._requests, device, layer)
             return self._step(self._buffer[:tokens], self._filled.long(), layer)

@@ -41,6 +41,11 @@ class _Active:
     first_token: float | None = None
     budget: int = 0
 
+    @property
+    def in_prompt(self) -> bool:
+        """Whether its prompt is not all computed."""
+        return self.prefilled < self.generation.request.prompt_tokens
+
     def running(self) -> Running:
         """As a policy sees it."""
         return Running(self.generation.request, self.prefilled, self.generated, self.first_token, self.budget)
@@ -212,7 +217,7 @@ class Engine:
                 self._admit(id)
             parts = self._parts(plan)
             ran = -time.perf_counter()
-            chosen = self._run(parts, plan.budgets)
+            chosen = self._run(parts, plan.budgets, plan.cap)
             ran += time.perf_counter()
             events = self._advance(parts, plan.budgets, chosen)
         except Exception as error:
@@ -277,8 +282,8 @@ class Engine:
                 decoding.append(_Part(active, token, before + active.generated - 1, True))
         return decoding + prompts
 
-    def _run(self, parts: list[_Part], budgets: Mapping[str, int]) -> list[Chosen]:
-        """One forward pass and a token for every part that ends in one."""
+    def _run(self, parts: list[_Part], budgets: Mapping[str, int], cap: int | None) -> list[Chosen]:
+        """One forward pass and a token for every part that ends in one; a cap is for those that decode."""
         spans, last, first = [], [], 0
         for part in parts:
             start = self._memory.start(part.active.generation.request.id)
@@ -288,7 +293,11 @@ class Engine:
                 last.append(first - 1)
         tokens = np.concatenate([part.tokens for part in parts])
         each = [budgets[part.active.generation.request.id] for part in parts]
-        logits = self._runner.forward(tokens, spans, each, last)
+        floors = [
+            k if part.active.in_prompt else part.active.generation.request.k_min
+            for part, k in zip(parts, each, strict=True)
+        ]
+        logits = self._runner.forward(tokens, spans, each, last, floors, cap)
         return choose([part.active.sampler for part in parts if part.drawn], logits)
 
     def _advance(self, parts: list[_Part], budgets: Mapping[str, int], chosen: list[Chosen]) -> list[Event]:
@@ -298,7 +307,7 @@ class Engine:
         drawn = iter(chosen)
         for part in parts:
             active, request = part.active, part.active.generation.request
-            if active.prefilled < request.prompt_tokens:
+            if active.in_prompt:
                 active.prefilled += len(part.tokens)
             active.budget = budgets[request.id]
             if not part.drawn:

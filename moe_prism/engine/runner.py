@@ -63,7 +63,13 @@ class Runner:
 
     @torch.inference_mode()
     def forward(
-        self, tokens: NDArray[np.int64], spans: Sequence[Span], budgets: Sequence[int], last: Sequence[int]
+        self,
+        tokens: NDArray[np.int64],
+        spans: Sequence[Span],
+        budgets: Sequence[int],
+        last: Sequence[int],
+        floors: Sequence[int] = (),
+        cap: int | None = None,
     ) -> Tensor:
         """Run a step.
 
@@ -72,6 +78,8 @@ class Runner:
             spans: of the requests that take part.
             budgets: one per span.
             last: of the step's tokens, those whose logits are wanted.
+            floors: one per span, where there is a cap.
+            cap: different sub-experts that a layer may load, floors first.
 
         Returns:
             Logits, fp32 ``[len(last), vocabulary]``.
@@ -82,8 +90,13 @@ class Runner:
         position = within + np.repeat([span.before for span in spans], counts)
         place = position + np.repeat([span.start for span in spans], counts)
         self.memory.begin(torch.from_numpy(place).to(device), spans)
-        everything = min(budgets) == self.dial.full_budget
-        self.dial.fill(None if everything else torch.from_numpy(np.repeat(np.array(budgets), counts)))
+        if cap is not None:
+            each, sure = (torch.from_numpy(np.repeat(np.array(k), counts)) for k in (budgets, floors))
+            self.dial.fill(each, floors=sure, cap=cap)
+        elif min(budgets) == self.dial.full_budget:
+            self.dial.fill(None)
+        else:
+            self.dial.fill(torch.from_numpy(np.repeat(np.array(budgets), counts)))
         try:
             with self._attention():
                 out = self.model(

@@ -27,10 +27,10 @@ def test_loads_are_those_of_the_steps(model: PreTrainedModel) -> None:
     assert all(seconds > 0 for _, seconds in steps)
     loads = [load for load, _ in steps]
     assert [load.decode for load in loads] == [2] * len(loads)
-    assert [load.prefill_tokens for load in loads] == [0, 0, 0, 2, 5]
+    assert [load.prefill_tokens for load in loads] == [0, 0, 0, 0, 2, 5]
     assert [load.decode_work for load in loads][:2] == [0.5, 2.0]
-    # contexts grow by a token in every step: in the second of two turns the first step is the sixth after the warm-up
-    assert [load.context for load in loads] == [2 * (9 + 1 + 5 + i) for i in range(5)]
+    # contexts grow by a token in every step: in the second of two turns the first step is the seventh after the warm-up
+    assert [load.context for load in loads] == [2 * (9 + 1 + 6 + i) for i in range(6)]
     assert profiler.engine.stats.running == profiler.engine.stats.waiting == 0
     prompts = [load for load, _ in profiler.scene(0, 9)]
     assert {load.decode for load in prompts} == {0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from making import elastic_model
 from tiny import tokens
 from transformers import PreTrainedModel
 
-from moe_prism.elastic import dial_of, full_budget
+from moe_prism.elastic import dial_of, full_budget, layer
 from moe_prism.engine import Engine, FailedEvent, Generation, Sampling, TokenEvent
 from moe_prism.errors import PrismError
 from moe_prism.scheduling import POLICIES, Limits, Policy, Request, State, StepPlan
@@ -87,7 +87,7 @@ def test_a_failed_step_answers_its_requests_and_the_engine_goes_on(
         assert engine.step() == [FailedEvent("a", "RuntimeError: out of luck")]
     assert engine.stats.cache_use == 0
     assert tokens_of(drain(engine)["b"]) == alone(model, prompt(30), 5, 4)[0]
-    assert dial_of(model).step(3, torch.device("cpu")) is None  # no budgets are left behind
+    assert dial_of(model).step(3, torch.device("cpu"), 0) is None  # no budgets are left behind
 
 
 def test_a_request_with_logits_that_are_not_finite_fails_alone(
@@ -297,3 +297,38 @@ def test_full_budget_takes_the_models_own_path(model: PreTrainedModel, tmp_path:
         assert seen[-1] is not None
     finally:
         del dial.step  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Capped(AtFloor):
+    """Everyone wants full budget; decoding requests share few sub-experts."""
+
+    def plan(self, state: State, now: float) -> StepPlan:
+        plan = super().plan(state, now)
+        return replace(plan, budgets=dict.fromkeys(plan.budgets, 16), cap=5)
+
+
+def test_a_cap_binds_decoding_requests_above_their_floors(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[list[int], list[int]]] = []
+    original = layer.gather_selection
+
+    def spy(chosen: torch.Tensor, *rest: Any) -> Any:
+        found = original(chosen, *rest)
+        steps.append((chosen.flatten(1).sum(1).tolist(), found.sub_expert.unique().tolist()))
+        return found
+
+    monkeypatch.setattr(layer, "gather_selection", spy)
+    engine = engine_of(model, Capped())
+    for number, id in enumerate("abc"):
+        engine.submit(Generation(Request(id, 0.0, 4, 3, 2, 16), prompt(4, number)))
+    engine.step()
+    assert all(set(counts) == {16} for counts, _ in steps)  # prompts have their budgets
+    steps.clear()
+    engine.step()
+    assert len(steps) == 2  # layers
+    for counts, loaded in steps:
+        assert min(counts) >= 2
+        assert len(loaded) <= max(5, 3 * 2)
+        assert max(counts) < 16
