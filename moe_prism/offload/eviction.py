@@ -19,7 +19,7 @@ class EvictionRule(ABC):
 
     @abstractmethod
     def used(self, block: int, value: float) -> None:
-        """A block was used; ``value`` is its share of the gate's scores in that step, 0..1."""
+        """A block was used; ``value`` is its share of the step's routing weights, 0..1."""
 
     @abstractmethod
     def victim(self, resident: Iterable[int], free: Callable[[int], bool]) -> int | None:
@@ -96,7 +96,7 @@ class LeastFrequentlyUsed(_Decaying):
 @EVICTION.register("gate-aware")
 @dataclass
 class GateAware(_Decaying):
-    """The block to which the gate gave the least goes: uses weighted by their share of the scores, decaying.
+    """The block that was wanted least goes: uses weighted by their share of the routing weights, decaying.
 
     Attributes:
         half_life: uses (of all blocks) after which one use counts half.

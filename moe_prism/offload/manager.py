@@ -141,7 +141,7 @@ class Manager:
 
         Args:
             blocks: different ones, at most as many as there are slots, of one layer.
-            values: how much the gate gives each of them, any unit; the rule sees shares of their sum.
+            values: routing weight of each, summed over tokens; the rule sees shares of their sum.
         """
         if len(blocks) > self.cache.slots:
             raise PrismError(
