@@ -17,7 +17,8 @@ _CONTEXT = 6
 class Detokeniser:
     """The text of one output.
 
-    The pieces given out add up to the decoded output, cut before the first stop text.
+    The pieces given out add up to the decoded output, cut before the stop text that is complete first; of two that are
+    complete at the same character, the one that begins first. So the cut does not depend on where tokens end.
 
     Args:
         tokenizer: of transformers.
@@ -76,10 +77,10 @@ class Detokeniser:
             self.length += len(text)
             return text
         text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            text = text[: min(found)]
+            text = text[: min(found)[1]]
         else:
             hold = max(_overlap(text, stop) for stop in self._stops)
             text, self._held = text[: len(text) - hold], text[len(text) - hold :]

@@ -33,16 +33,26 @@ def test_pieces_add_up_to_the_decoded_whole(ids: list[int]) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(HARD + TOKENIZER.encode("the sea and the ship")), max_size=40), st.data())
-def test_it_ends_before_the_first_stop_text_and_never_shows_a_part_of_it(ids: list[int], data: st.DataObject) -> None:
+def test_it_ends_before_the_first_complete_stop_text_and_never_shows_a_part_of_it(ids: list[int], data: st.DataObject) -> None:
     whole = decoded(ids)
     inside = st.integers(0, max(0, len(whole) - 1)).flatmap(
         lambda at: st.integers(1, 6).map(lambda n: whole[at : at + n] or "x")
     )
     stops = tuple(data.draw(st.lists(st.one_of(inside, st.sampled_from(["zzz", "the", " a"])), min_size=1, max_size=3)))
     got, text = pieces(ids, stops)
-    ends = [whole.index(stop) for stop in stops if stop in whole]
-    assert "".join(got) == (whole[: min(ends)] if ends else whole)
-    assert text.stopped == bool(ends)
+    # one character at a time: the first prefix of the whole that ends with a stop text
+    ends = [[n - len(stop) for stop in stops if whole[:n].endswith(stop)] for n in range(1, len(whole) + 1)]
+    first = next((starts for starts in ends if starts), None)
+    assert "".join(got) == (whole if first is None else whole[: min(first)])
+    assert text.stopped == (first is not None)
+
+
+@pytest.mark.parametrize("stops", [("nan", "a"), ("a", "nan")])
+def test_the_stop_text_that_is_complete_first_ends_the_text_however_tokens_are_cut(stops: tuple[str, str]) -> None:
+    whole, single = TOKENIZER.encode("nan"), [token for letter in "nan" for token in TOKENIZER.encode(letter)]
+    for ids in (whole, single):
+        got, _ = pieces(ids, stops)
+        assert "".join(got) == "n"
 
 
 def test_no_piece_ends_inside_a_character() -> None:
