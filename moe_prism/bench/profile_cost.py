@@ -1,9 +1,10 @@
 """The one-time benchmark of an engine: times of steps of many kinds, from which the cost model is fitted.
 
 Steps are run by the engine that will serve, plan by plan. A *scene* is a batch of decoding requests of one context; in
-it steps of all budgets are measured, with and without pieces of prompts, each several times in turn, and the median
-counts. After every scene what was measured is kept, so that an interrupted benchmark goes on where it was. Knows no
-policy.
+it steps of all budgets are measured, with and without pieces of prompts. All scenes are gone through several times, in
+another order each time, and the median of a step's times counts: a machine that is slow for a while spoils one time of
+every step, not all times of one. After every scene what was measured is kept, so that an interrupted benchmark goes on
+where it was. Knows no policy.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Grid:
         held: tokens; computing them takes most of the benchmark's time.
         pieces: prompt tokens of a step.
         shares: budgets, as shares of full budget; and two steps of budgets drawn at random, from these and from all.
-        repeats: times that each step is measured.
+        repeats: times that all scenes are gone through.
         seed: of prompts, random budgets, the order of scenes and the steps held out of the fit.
     """
 
@@ -51,7 +52,7 @@ class Grid:
     held: int = 4096
     pieces: tuple[int, ...] = (8, 32, 128, 256)
     shares: tuple[float, ...] = (1 / 16, 1 / 4, 1 / 2, 3 / 4, 1.0)
-    repeats: int = 3
+    repeats: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,20 +63,20 @@ class Grid:
                 f"{self.batches}, {self.contexts}, {self.pieces}, {self.held}, {self.repeats}, {self.shares}"
             )
 
-    def scenes(self) -> list[tuple[int, int]]:
-        """(batch, context) in a random order, so that a machine that slows down does not look like a trend."""
+    def scenes(self) -> list[tuple[int, int, int]]:
+        """(turn, batch, context), all of one turn after the other, in a random order inside a turn."""
         found = [
             (batch, min(context, max(1, self.held // max(1, batch))))
             for batch in (0, *self.batches)
             for context in self.contexts
         ]
-        np.random.default_rng(self.seed).shuffle(found)
-        return found
+        rng = np.random.default_rng(self.seed)
+        return [(turn, *found[i]) for turn in range(self.repeats) for i in rng.permutation(len(found)).tolist()]
 
     @property
     def memory_tokens(self) -> int:
         """What the largest scene holds."""
-        steps = self.repeats * (len(self.shares) + 2) * (len(self.pieces) + 1)
+        steps = len(self.shares) + 2 + len(self.pieces)
         return (max(self.batches) + 1) * (max(self.contexts) + steps + max(self.pieces) + 2)
 
 
@@ -122,31 +123,20 @@ class Profiler:
         self._names = (f"p{i}" for i in count())
 
     def scene(self, batch: int, context: int) -> Iterator[tuple[StepLoad, float]]:
-        """Loads and median seconds of all steps of a scene."""
+        """Loads and seconds of all steps of a scene, each measured once; the loads are the same every time."""
         rng = np.random.default_rng((self.grid.seed, batch, context))
         steps = self._steps(batch, context, rng)
-        tokens = self.grid.repeats * len(steps) + 1
-        running = [self._submit(rng, context, tokens + 1) for _ in range(batch)]
+        running = [self._submit(rng, context, len(steps) + 2) for _ in range(batch)]
         for name in running:
             self._run(StepPlan((name,), {name: self.full}, {name: context}))
-        times: list[list[float]] = [[] for _ in steps]
-        loads: list[StepLoad] = []
-        so_far = context + 1
-        for turn in range(self.grid.repeats + 1):
-            for i, step in enumerate(steps if turn else steps[:1]):  # the first turn only warms up
-                seconds = self._measure(running, step, rng)
-                if not turn:
-                    continue
-                times[i].append(seconds)
-                if turn == self.grid.repeats // 2 + 1:
-                    pieces = ([step.piece], [step.k_active], [step.start]) if step.piece else ([], [], [])
-                    loads.append(self.cost.load(step.budgets, float(batch * so_far), *pieces))
-                so_far += 1
+        self._measure(running, steps[0], rng)  # only warms up
+        for so_far, step in enumerate(steps, start=context + 2):
+            pieces = ([step.piece], [step.k_active], [step.start]) if step.piece else ([], [], [])
+            load = self.cost.load(step.budgets, float(batch * so_far), *pieces)
+            yield load, self._measure(running, step, rng)
         for name in running:
             self.engine.cancel(name)
         self.engine.step()
-        for load, measured in zip(loads, times, strict=True):
-            yield load, float(np.median(measured))
 
     def _steps(self, batch: int, context: int, rng: Draws) -> list[Step]:
         budgets = [max(1, round(share * self.full)) for share in self.grid.shares]
@@ -214,19 +204,25 @@ def profile_cost(
     done = _read(partial, asked)
     profiler = Profiler(model, grid)
     scenes = grid.scenes()
-    for number, (batch, context) in enumerate(scenes):
+    for number, (turn, batch, context) in enumerate(scenes):
         if progress is not None:
             progress("measuring steps", number, len(scenes))
-        if f"{batch},{context}" not in done:
-            done[f"{batch},{context}"] = [[*load, seconds] for load, seconds in profiler.scene(batch, context)]
+        if f"{turn},{batch},{context}" not in done:
+            measured = [[*load, seconds] for load, seconds in profiler.scene(batch, context)]
+            done[f"{turn},{batch},{context}"] = measured
             replace_file(partial, json.dumps({**asked, "scenes": done}).encode())
     if progress is not None:
         progress("measuring steps", len(scenes), len(scenes))
-    rows = [row for batch, context in scenes for row in done[f"{batch},{context}"]]
+    loads: list[StepLoad] = []
+    seconds: list[float] = []
+    for _, batch, context in scenes[: len(scenes) // grid.repeats]:
+        turns = np.array([done[f"{turn},{batch},{context}"] for turn in range(grid.repeats)])
+        loads += [StepLoad(*row) for row in turns[0, :, :-1].tolist()]
+        seconds += np.median(turns[:, :, -1], axis=0).tolist()
     held = profiler.engine.key_value_bytes
     found = fit_held_out(
-        [StepLoad(*row[:-1]) for row in rows],
-        [row[-1] for row in rows],
+        loads,
+        seconds,
         seed=grid.seed,
         full_budget=profiler.full,
         sub_experts=profiler.sub_experts,
