@@ -9,26 +9,26 @@ where it was. Knows no policy.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from ..checkpoint.atomic import replace_file
 from ..elastic import full_budget
 from ..engine import Engine, FailedEvent, Generation, Sampling
 from ..engine.identity import ENGINE, machine_of
 from ..errors import PrismError
 from ..experts import find_expert_layers
 from ..scheduling import CostModel, Limits, Policy, Request, State, StepLoad, StepPlan
-from ..scheduling.cost_model import TERMS, fit_held_out
+from ..scheduling.cost_fit import fit_held_out
+from ..scheduling.step_load import TERMS
+from .partial import Partial
 
 Draws = np.random.Generator
 
@@ -200,17 +200,15 @@ def profile_cost(
         PrismError: the grid does not fit the model's context.
     """
     identity = {"engine": ENGINE, "machine": machine_of(model), "checkpoint": checkpoint}
-    asked = json.loads(json.dumps({"grid": asdict(grid), **identity}))
-    done = _read(partial, asked)
+    done = Partial(partial, {"grid": asdict(grid), **identity})
     profiler = Profiler(model, grid)
     scenes = grid.scenes()
     for number, (turn, batch, context) in enumerate(scenes):
         if progress is not None:
             progress("measuring steps", number, len(scenes))
         if f"{turn},{batch},{context}" not in done:
-            measured = [[*load, seconds] for load, seconds in profiler.scene(batch, context)]
-            done[f"{turn},{batch},{context}"] = measured
-            replace_file(partial, json.dumps({**asked, "scenes": done}).encode())
+            found = [[*load, seconds] for load, seconds in profiler.scene(batch, context)]
+            done[f"{turn},{batch},{context}"] = found
     if progress is not None:
         progress("measuring steps", len(scenes), len(scenes))
     loads: list[StepLoad] = []
@@ -220,7 +218,7 @@ def profile_cost(
         loads += [StepLoad(*row) for row in turns[0, :, :-1].tolist()]
         seconds += np.median(turns[:, :, -1], axis=0).tolist()
     held = profiler.engine.key_value_bytes
-    found = fit_held_out(
+    model_of_cost = fit_held_out(
         loads,
         seconds,
         seed=grid.seed,
@@ -230,14 +228,5 @@ def profile_cost(
         fixed_bytes=sum(p.nbytes for p in (*model.parameters(), *model.buffers())),
         **identity,
     )
-    partial.unlink(missing_ok=True)
-    return found
-
-
-def _read(partial: Path, asked: dict[str, Any]) -> dict[str, list[list[float]]]:
-    try:
-        found = json.loads(partial.read_bytes())
-        scenes: dict[str, list[list[float]]] = found.pop("scenes")
-    except (OSError, ValueError, KeyError):
-        return {}
-    return scenes if found == asked else {}
+    done.finish()
+    return model_of_cost

@@ -20,7 +20,7 @@ from ..engine.identity import ENGINE, machine_of
 from ..errors import PrismError
 from ..scheduling import POLICIES, CostModel, Limits, Request
 from ..scheduling.cost_file import load_cost_model
-from ..scheduling.cost_model import TERMS
+from ..scheduling.step_load import TERMS
 from .admission import ServedModel
 
 logger = logging.getLogger("moe_prism.serving")

@@ -8,7 +8,6 @@ import pytest
 from making import elastic_model
 from transformers import PreTrainedModel
 
-from moe_prism.bench import profile_cost as room
 from moe_prism.bench.profile_cost import Grid, Profiler, profile_cost
 from moe_prism.engine.identity import ENGINE, machine_of
 from moe_prism.errors import PrismError
@@ -65,23 +64,6 @@ def test_it_goes_on_where_it_was_interrupted(
     found.require(engine=ENGINE, machine=machine_of(model), checkpoint="abc")
     with pytest.raises(PrismError, match="profile-cost"):
         found.require(engine=ENGINE, machine="another", checkpoint="abc")
-
-
-def test_a_partial_file_of_something_else_is_not_used(
-    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    partial = tmp_path / "partial.json"
-
-    def stop(_stage: str, done: int, _total: int) -> None:
-        if done == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        profile_cost(model, "abc", GRID, partial, stop)
-    asked = {"grid": {}, "engine": ENGINE, "machine": "x", "checkpoint": "abc"}
-    assert room._read(partial, asked) == {}
-    partial.write_text("{")
-    assert room._read(partial, asked) == {}
 
 
 def test_bad_grids_are_refused() -> None:

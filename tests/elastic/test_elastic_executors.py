@@ -13,6 +13,7 @@ from tiny import tiny_model
 from torch import nn
 
 from moe_prism.elastic.executors import EXECUTORS, choose_executor
+from moe_prism.elastic.executors.choice import MASKED_FROM
 from moe_prism.elastic.selection import Selection, gather_selection
 from moe_prism.errors import PrismError
 from moe_prism.experts import find_expert_layers
@@ -208,7 +209,10 @@ def test_executors_are_chosen_and_refused_clearly() -> None:
     module = _cached_layer("olmoe", torch.float32)
     x = torch.randn(2, 32)
     assert type(choose_executor("auto", module, x, 4)).__name__ == "CpuExecutor"
-    assert type(choose_executor("auto", module, torch.randn(500, 32), 4)).__name__ == "MaskedExecutor"
+    for what, most in MASKED_FROM[torch.float32].items():
+        many = most * module.num_experts
+        assert type(choose_executor("auto", module, x, many - 1, what)).__name__ == "CpuExecutor"
+        assert type(choose_executor("auto", module, x, many, what)).__name__ == "MaskedExecutor"
     with pytest.raises(PrismError, match=r"'cpu' cannot run this layer: .*no_grad"):
         choose_executor("cpu", module, x.requires_grad_(), 4)
     assert type(choose_executor("auto", module, x, 4)).__name__ == "ReferenceExecutor"

@@ -6,6 +6,7 @@ The crossover was measured with ``make bench-crossovers``. Knows nothing of how 
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +15,30 @@ from ...errors import PrismError
 from .base import EXECUTORS, Executor, num_experts
 
 AUTO = "auto"
-# Routed tokens per expert from which whole large products beat work in proportion to the selection on a CPU.
-MASKED_FROM = 64
+What = Literal["experts", "parts", "neurons"]  # runs: whole experts, parts of them, or parts but for some neurons
+
+# Experts that tokens run (parts count as parts) over the experts that there are, from which whole large products
+# beat work in proportion to the selection on a CPU.
+MASKED_FROM: dict[torch.dtype, dict[What, int]] = {
+    torch.float32: {"experts": 128, "parts": 320, "neurons": 64},
+    torch.bfloat16: {"experts": 64, "parts": 32, "neurons": 32},
+}
 
 
-def choose_executor(name: str, module: nn.Module, x: Tensor, top_k: int, some_neurons: bool = False) -> Executor:
+def choose_executor(name: str, module: nn.Module, x: Tensor, runs: float, what: What = "parts") -> Executor:
     """The named executor, or the fastest that can run this input.
 
     Args:
         name: a registered name, or "auto".
         module: stacked experts.
         x: ``[T, H]``.
-        top_k: routed experts of a token.
-        some_neurons: it must be able to skip neurons.
+        runs: experts that its tokens run together: T * k at full budget, and parts of experts count as parts.
+        what: is to run; for "neurons" it must be able to skip some.
 
     Raises:
         PrismError: the named executor cannot run this module or input; the message says why.
     """
+    some_neurons = what == "neurons"
     if name != AUTO:
         chosen = _executor(name)
         reason = chosen.refusal(module, x)
@@ -39,17 +47,17 @@ def choose_executor(name: str, module: nn.Module, x: Tensor, top_k: int, some_ne
         if reason is not None:
             raise PrismError(f"executor {name!r} cannot run this layer: {reason}; use {AUTO!r} or another")
         return chosen
-    for candidate in map(_executor, _preferred(module, x, top_k)):
+    for candidate in map(_executor, _preferred(module, x, runs, what)):
         if candidate.refusal(module, x) is None and (candidate.skips_neurons or not some_neurons):
             return candidate
     return _executor("masked" if some_neurons else "reference")
 
 
-def _preferred(module: nn.Module, x: Tensor, top_k: int) -> tuple[str, ...]:
+def _preferred(module: nn.Module, x: Tensor, runs: float, what: What) -> tuple[str, ...]:
     if x.device.type != "cpu":
         return ("grouped",)
-    many = len(x) * top_k >= MASKED_FROM * num_experts(module)
-    return ("masked",) if many and large_products_are_fast(x.dtype) else ("cpu",)
+    many = large_products_are_fast(x.dtype) and runs >= MASKED_FROM.get(x.dtype, {}).get(what, 0) * num_experts(module)
+    return ("masked",) if many else ("cpu",)
 
 
 def large_products_are_fast(dtype: torch.dtype) -> bool:
