@@ -16,6 +16,8 @@ from .restore import restore
 from .serve import serve
 from .simulate import simulate
 from .sweep import sweep
+from .vllm_config import vllm_config
+from .vllm_cost import vllm_cost
 
 app = typer.Typer(
     name="moe-prism",
@@ -37,6 +39,8 @@ for command in (
     pack,
     demo,
     simulate,
+    vllm_config,
+    vllm_cost,
 ):
     app.command(no_args_is_help=command is not demo)(command)
 app.add_typer(bench, name="bench")

@@ -14,6 +14,7 @@ from ..checkpoint.schema import OperatingPoints
 from ..engine import Generation, Sampling
 from ..errors import PrismError
 from ..scheduling import Request
+from ..scheduling.quality import BudgetError, budget_bounds
 from .chat import chat_prompt
 from .errors import ApiError
 from .schema import MAX_CHOICES, ChatRequest, CompletionRequest, Quality
@@ -143,30 +144,11 @@ def _job(
 
 
 def budgets(model: ServedModel, quality: Quality) -> tuple[int, int]:
-    """Floor and most wanted budget.
-
-    ``k_active`` alone is also the floor: exactly this budget. ``k_min`` alone leaves everything above it to the
-    server. With neither, the server's default floor holds.
-    """
-    full = model.full_budget
-    for name in ("k_min", "k_active"):
-        value = getattr(quality, name)
-        if value is not None and not 1 <= value <= full:
-            raise ApiError(
-                400,
-                f"vllm_xargs.{name} must be from 1 to {full} (full budget), got {value}",
-                param=f"vllm_xargs.{name}",
-            )
-    k_active = full if quality.k_active is None else quality.k_active
-    unnamed = model.k_min if quality.k_active is None else k_active
-    k_min = unnamed if quality.k_min is None else quality.k_min
-    if k_min > k_active:
-        raise ApiError(
-            400,
-            f"vllm_xargs.k_min must be from 1 to k_active = {k_active}, got {k_min}; raise k_active or lower k_min",
-            param="vllm_xargs.k_min",
-        )
-    return k_min, k_active
+    """Floor and most wanted budget; see ``scheduling.quality``."""
+    try:
+        return budget_bounds(quality.k_min, quality.k_active, model.full_budget, model.k_min)
+    except BudgetError as error:
+        raise ApiError(400, str(error), param=f"vllm_xargs.{error.field}") from None
 
 
 def _temperature(asked: float | None) -> float:
