@@ -165,7 +165,7 @@ reproduce: $(VENV)/.dev ## the paper's table on MODEL=, beside its published fig
 bench-kernels: $(VENV)/.dev ## time of a layer by executor and budget (15 minutes, 4 GB) -> build/bench/kernels.json
 	$(BIN)/python tools/bench_kernels.py --out build/bench/kernels.json $(ARGS)
 
-bench-crossovers: $(VENV)/.dev ## from how many tokens on another way of computing wins (5 minutes) -> build/bench/crossovers.json
+bench-crossovers: $(VENV)/.dev ## from how many tokens on another way of computing wins (15 minutes) -> build/bench/crossovers.json
 	$(BIN)/python tools/bench_crossovers.py --out build/bench/crossovers.json $(ARGS)
 
 build/bench/reference/config.json: $(VENV)/.base

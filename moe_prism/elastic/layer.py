@@ -103,7 +103,8 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
 
         state = attach_on_demand(module)
     step = state.dial.step(len(hidden_states), hidden_states.device, state.number)
-    if step is not None and step.k_min is step.means is None and hidden_states.device.type == "cpu":
+    many = len(hidden_states) > SPLIT_FROM and hidden_states.device.type == "cpu"
+    if many and step is not None and step.k_min is step.means is None:
         whole = step.k_active == state.dial.full_budget
         count = int(whole.sum())
         if SPLIT_FROM <= count < len(whole):
