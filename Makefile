@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-triton test-vllm lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier ablation frontier-second frontier-dense bench-kernels bench-crossovers bench-batch bench-decode bench-points reproduce test-browser test-serve-stress bench-serve simulate bench-scheduler bench-schedule bench-engine bench-vllm clean distclean
+.PHONY: help env demo test test-triton test-vllm lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier ablation frontier-second frontier-dense bench-kernels bench-crossovers bench-batch bench-decode bench-points reproduce test-browser test-serve-stress bench-serve simulate bench-scheduler bench-schedule bench-engine bench-vllm bench-offload clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -175,7 +175,7 @@ reproduce: $(VENV)/.dev ## the paper's table on MODEL=, beside its published fig
 bench-kernels: $(VENV)/.dev ## time of a layer by executor and budget (15 minutes, 4 GB) -> build/bench/kernels.json
 	$(BIN)/python tools/bench_kernels.py --out build/bench/kernels.json $(ARGS)
 
-bench-crossovers: $(VENV)/.dev ## from how many tokens on another way of computing wins (5 minutes) -> build/bench/crossovers.json
+bench-crossovers: $(VENV)/.dev ## from how many tokens on another way of computing wins (15 minutes) -> build/bench/crossovers.json
 	$(BIN)/python tools/bench_crossovers.py --out build/bench/crossovers.json $(ARGS)
 
 build/bench/reference/config.json: $(VENV)/.base
@@ -238,6 +238,10 @@ build/bench/vllm-cost.json: build/bench/experts/config.json | $(VENV)/.vllm
 bench-vllm: build/bench/vllm-cost.json ## the plugin against stock vLLM: decode steps, goodput (12 minutes) -> build/bench/vllm.json
 	$(VENV)/vllm/bin/python tools/bench_vllm.py build/bench/experts --out build/bench/vllm.json \
 	  --serve build/bench/vllm-cost.json $(ARGS)
+
+bench-offload: $(VENV)/.dev build/bench/reference/config.json ## a 14 GB model in 4 and 8 GB, beside its peers (40 GB of disk, an hour) -> build/bench/offload.json
+	$(BIN)/python tools/bench_offload.py --checkpoint build/bench/reference --text $(word 1,$(VALID)) \
+	  --out build/bench/offload.json $(ARGS)
 
 clean: ## remove caches and build/demo
 	rm -rf build/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,8 +10,8 @@ is the original model with fewer whole experts; beside it stands the original wi
 is alone in its step are two axes: the ladder, which reads few bits, is measured at the largest budget of each; for the
 other methods they are the same share, since every weight that is used is read once. A model with
 one expert (a dense model, tools/dense_bed.py) has no experts to drop: "static" is then what others are compared with.
-Accuracy on multiple-choice questions does not depend on the text and stands in the rows of every text. Knows nothing
-of time.
+Accuracy on multiple-choice questions does not depend on the text and stands in the rows of every text; they are asked
+of the first seed and calibration text only, as they take longer than all the rest. Knows nothing of time.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "static, compensated": _STATIC | {"compensation_budgets": 8},
     "gate-first": _STATIC | _NEURONS,
     "gate-first, compensated": _BEST,
-    "the same, shared by tokens": _BEST | {"token_budgets": "shared"},
-    "the same, spread over layers": _BEST | {"layer_budgets": "measured"},
-    "the same, both": _BEST | {"token_budgets": "shared", "layer_budgets": "measured"},
+    "gate-first, compensated, shared by tokens": _BEST | {"token_budgets": "shared"},
+    "gate-first, compensated, spread over layers": _BEST | {"layer_budgets": "measured"},
+    "gate-first, compensated, shared and spread": _BEST | {"token_budgets": "shared", "layer_budgets": "measured"},
     "ladder": _STATIC | _NEURONS | {"shadow_bits": 4},
     "paper: linear, finetuned": _PAPER | {
         "gate": "linear", "gate_options": {"weighted": False, "reweights": True},
@@ -231,7 +231,7 @@ def table(rows: list[Any]) -> str:
     if any(row["mcq"] is not None for row in rows):
         lines += ["", "| method | share | multiple choice | sets |", "|---|---|---|---|"]
         for row in rows:
-            if row["text"] == rows[0]["text"] and row["seed"] in (None, 0):
+            if row["text"] == rows[0]["text"] and row["mcq"] is not None:
                 sets = ", ".join(f"{name} {value:.1%}" for name, value in row["mcq_sets"].items())
                 lines.append(
                     f"| {_label(row['method'], row['axis'])} | {row['share']:.0%} | {row['mcq']:.1%} | {sets} |"
@@ -356,7 +356,8 @@ def measure_missing(args: argparse.Namespace, settings: dict[str, Any]) -> list[
             for method in args.methods:
                 if missing(method, seed, text_name(calibration)):
                     print(f"{calibration.name}, seed {seed}: {method}", file=sys.stderr, flush=True)
-                    keep(method_rows(args, method, seed, calibration, held))
+                    ask = held if number == seed == 0 else held._replace(questions=held.questions._replace(sets={}))
+                    keep(method_rows(args, method, seed, calibration, ask))
     return rows
 
 

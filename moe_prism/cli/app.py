@@ -10,6 +10,7 @@ from .export import export
 from .generate import generate
 from .inspect import inspect
 from .pack import pack
+from .plan import plan
 from .profile_cost import profile_cost
 from .refactor import refactor
 from .restore import restore
@@ -37,6 +38,7 @@ for command in (
     restore,
     export,
     pack,
+    plan,
     demo,
     simulate,
     vllm_config,

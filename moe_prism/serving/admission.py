@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoint.schema import OperatingPoints
 from ..engine import Generation, Sampling
 from ..errors import PrismError
+from ..offload import Statistics
 from ..scheduling import Request
 from ..scheduling.quality import BudgetError, budget_bounds
 from .chat import chat_prompt
@@ -37,6 +38,7 @@ class ServedModel:
         created: when the server started, seconds since 1970.
         points: measured operating points, or None.
         named: names of operating points -> budget.
+        blocks: what an offloaded model counts, as it goes on; None: the model is in memory.
     """
 
     name: str
@@ -49,6 +51,7 @@ class ServedModel:
     created: int
     points: OperatingPoints | None
     named: dict[str, int]
+    blocks: Statistics | None = None
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,13 @@ def test_executors_are_chosen_and_refused_clearly() -> None:
     module = _cached_layer("olmoe", torch.float32)
     x = torch.randn(2, 32)
     assert type(choose_executor("auto", module, x, 4)).__name__ == "CpuExecutor"
-    assert type(choose_executor("auto", module, torch.randn(500, 32), 4)).__name__ == "MaskedExecutor"
+    for tokens, some_neurons, name in (
+        (500, False, "CpuExecutor"),
+        (500, True, "MaskedExecutor"),  # every token has rows of its own
+        (5000, False, "MaskedExecutor"),
+    ):
+        chosen = choose_executor("auto", module, torch.randn(tokens, 32), 4, some_neurons)
+        assert type(chosen).__name__ == name
     with pytest.raises(PrismError, match=r"'cpu' cannot run this layer: .*no_grad"):
         choose_executor("cpu", module, x.requires_grad_(), 4)
     assert type(choose_executor("auto", module, x, 4)).__name__ == "ReferenceExecutor"
