@@ -13,41 +13,45 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from ..errors import PrismError
-from .arguments import quality_of
-from .setup import setup_of
+from .arguments import Quality, quality_of
+from .setup import Setup, setup_of
 
-_KEYS = ("k_min", "k_active", "ttft_ms", "tpot_ms")
 _MARK = "_moe_prism"
 
 
 def install() -> None:
-    """From now on every ``InputProcessor`` of this process also checks ours; doing it twice changes nothing."""
-    original = InputProcessor._validate_params
-    if hasattr(original, _MARK):
+    """From now on every ``InputProcessor`` of this process also checks ours; doing it twice changes nothing.
+
+    One is made before the engine's processes are, so a configuration that cannot work is refused then and there.
+    """
+    construct, validate = InputProcessor.__init__, InputProcessor._validate_params
+    if hasattr(validate, _MARK):
         return
 
-    @functools.wraps(original)
-    def checked(self: Any, params: Any, supported_tasks: Any) -> Any:
+    @functools.wraps(construct)
+    def constructed(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        setattr(self, _MARK, setup_of(vllm_config))
+        construct(self, vllm_config, *args, **kwargs)
+
+    @functools.wraps(validate)
+    def checked(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(params, SamplingParams):
-            _check(self, params)
-        return original(self, params, supported_tasks)
+            _check(getattr(self, _MARK), params.extra_args)
+        return validate(self, params, *args, **kwargs)
 
     setattr(checked, _MARK, True)
-    InputProcessor._validate_params = checked
+    InputProcessor.__init__, InputProcessor._validate_params = constructed, checked
 
 
-def _check(processor: Any, params: Any) -> None:
-    if _MARK not in processor.__dict__:
-        processor.__dict__[_MARK] = setup_of(processor.vllm_config)
-    setup = processor.__dict__[_MARK]
+def _check(setup: Setup | None, extra_args: dict[str, Any] | None) -> None:
     if setup is None:
-        asked = [key for key in _KEYS if params.extra_args and key in params.extra_args]
+        asked = [key for key in Quality._fields if extra_args and key in extra_args]
         if asked:
             raise VLLMValidationError(
                 f"vllm_xargs.{asked[0]}: this server has no budgets; start it with the file of `moe-prism vllm-config`"
             )
         return
     try:
-        quality_of(params.extra_args, setup.elastic.full_budget, setup.floor)
+        quality_of(extra_args, setup.elastic.full_budget, setup.floor)
     except PrismError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None

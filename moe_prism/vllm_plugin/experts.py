@@ -18,7 +18,6 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
-from ..checkpoint.schema import ElasticConfig
 from ..elastic.compensation import Compensation, OutputScale, Recalibration
 from ..elastic.dial import Dial
 from ..elastic.layer import elastic_experts
@@ -152,7 +151,7 @@ def make_elastic(model: nn.Module, setup: Setup) -> Dial:
         if runner is None:
             continue  # on another pipeline stage
         experts = runner.routed_experts
-        _refuse(name, runner, setup)
+        _refuse(name, runner)
         own = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
         scale = float(runner.routed_scaling_factor)
         experts._replace_quant_method(ElasticMethod(experts.moe_config, setup, dial, name, own, scale))
@@ -178,8 +177,8 @@ def dial_of_model(model: nn.Module) -> Dial:
     return dial
 
 
-def _refuse(name: str, runner: Any, setup: Setup) -> None:
-    experts, parallel = runner.routed_experts, runner.moe_config.moe_parallel_config
+def _refuse(name: str, runner: Any) -> None:
+    experts = runner.routed_experts
     if type(experts.quant_method) is not UnquantizedFusedMoEMethod:
         raise UnsupportedModelError(f"{name}: quantised experts have no budgets yet; leave --quantization out")
     if experts.activation is not MoEActivation.SILU or runner.moe_config.has_bias:
@@ -187,30 +186,6 @@ def _refuse(name: str, runner: Any, setup: Setup) -> None:
             f"{name}: only experts that are silu(gate) * up without biases have budgets in vLLM; serve this checkpoint "
             "with `moe-prism serve`"
         )
-    elastic = setup.elastic
-    if parallel.tp_size > 1:
-        _refuse_split(name, elastic, parallel.tp_size)
-    if parallel.use_ep or parallel.dp_size > 1 or parallel.pcp_size > 1:
-        raise UnsupportedModelError(
-            f"{name}: budgets work with tensor parallelism, and with data parallelism of separate servers; leave "
-            "--enable-expert-parallel and --data-parallel-size out"
-        )
-
-
-def _refuse_split(name: str, elastic: ElasticConfig, ranks: int) -> None:
-    """Raise UnsupportedModelError for a checkpoint whose selection needs all of an expert's neurons in one process."""
-    if elastic.scan is not None or elastic.ladder is not None:
-        what = "it chooses neurons inside sub-experts, which needs all of a token's neurons in one process"
-    elif GATES.get(elastic.gate).reads_weights:
-        what = f"its gate ({elastic.gate}) reads the experts' weights"
-    elif elastic.num_neurons % (elastic.num_sub_experts * ranks):
-        what = f"its sub-experts of {elastic.num_neurons // elastic.num_sub_experts} neurons cannot be cut into {ranks}"
-    else:
-        return
-    raise UnsupportedModelError(
-        f"{name}: this checkpoint cannot be split over {ranks} processes: {what}. Use --tensor-parallel-size 1, or "
-        "refactor with gate: static or linear and neurons: all"
-    )
 
 
 def _add_nothing(compensation: Recalibration | None) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from ..errors import PrismError
 from ..scheduling import POLICIES, Limits, Request
 from . import symbols
 from .arguments import quality_of
@@ -34,7 +33,6 @@ class ElasticScheduler(AsyncScheduler):
         super().__init__(vllm_config, *args, **kwargs)
         setup = setup_of(vllm_config)
         assert setup is not None  # this class was asked for
-        _refuse(vllm_config)
         self._setup: Setup = setup
         cost = cost_model_of(setup, vllm_config)
         limits = Limits(setup.elastic.full_budget, self.max_num_running_reqs)
@@ -116,13 +114,3 @@ class ElasticScheduler(AsyncScheduler):
         if stats is not None:
             stats.running_lora_adapters.update(self._counts.take())
         return stats
-
-
-def _refuse(vllm_config: Any) -> None:
-    """Raise PrismError for what budgets do not work with."""
-    if vllm_config.speculative_config is not None:
-        raise PrismError("budgets do not work with speculative decoding yet; leave --speculative-config out")
-    if vllm_config.lora_config is not None:
-        raise PrismError("budgets do not work with LoRA adapters; leave --enable-lora out")
-    if vllm_config.kv_transfer_config is not None:
-        raise PrismError("budgets do not work with transfers of keys and values; leave --kv-transfer-config out")

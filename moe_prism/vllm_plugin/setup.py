@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoint.read import ElasticCheckpoint, open_checkpoint
 from ..checkpoint.schema import CONFIG_KEY, ElasticConfig, parse_elastic_config
-from ..errors import PrismError
+from ..errors import PrismError, UnsupportedModelError
 from ..scheduling import POLICIES
 
 WORKER = "moe_prism.vllm_plugin.worker.ElasticWorker"
@@ -114,7 +114,45 @@ def setup_of(vllm_config: Any) -> Setup | None:
     options = Options.of(vllm_config.additional_config)
     if options.k_min is not None and not 1 <= options.k_min <= elastic.full_budget:
         raise PrismError(f"k_min must be from 1 to {elastic.full_budget} (full budget), got {options.k_min}")
+    _refuse(vllm_config, elastic)
     return Setup(elastic, _folder(model), options)
+
+
+def _refuse(vllm_config: Any, elastic: ElasticConfig) -> None:
+    """Raise UnsupportedModelError for what budgets do not work with."""
+    parallel = vllm_config.parallel_config
+    for what, asked, option in (
+        ("speculative decoding", vllm_config.speculative_config is not None, "--speculative-config"),
+        ("LoRA adapters", vllm_config.lora_config is not None, "--enable-lora"),
+        ("transfers of keys and values", vllm_config.kv_transfer_config is not None, "--kv-transfer-config"),
+        ("quantised experts", vllm_config.quant_config is not None, "--quantization"),
+        ("expert parallelism", parallel.enable_expert_parallel, "--enable-expert-parallel"),
+        ("data parallelism inside a server", parallel.data_parallel_size > 1, "--data-parallel-size; start several"),
+        ("context parallelism", parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size"),
+    ):
+        if asked:
+            raise UnsupportedModelError(f"budgets do not work with {what} yet: leave out {option}")
+    ranks = parallel.tensor_parallel_size
+    if ranks > 1:
+        _refuse_split(elastic, ranks)
+
+
+def _refuse_split(elastic: ElasticConfig, ranks: int) -> None:
+    """Raise UnsupportedModelError for a checkpoint whose selection needs all of an expert's neurons in one process."""
+    from ..gates import GATES  # imports torch
+
+    if elastic.scan is not None or elastic.ladder is not None:
+        what = "it chooses neurons inside sub-experts, which needs all of a token's neurons in one process"
+    elif GATES.get(elastic.gate).reads_weights:
+        what = f"its gate ({elastic.gate}) reads the experts' weights"
+    elif elastic.num_neurons % (elastic.num_sub_experts * ranks):
+        what = f"its sub-experts of {elastic.num_neurons // elastic.num_sub_experts} neurons cannot be cut into {ranks}"
+    else:
+        return
+    raise UnsupportedModelError(
+        f"this checkpoint cannot be split over {ranks} processes: {what}. Use --tensor-parallel-size 1, or "
+        "refactor with gate: static or linear and neurons: all"
+    )
 
 
 def _is(given: Any, name: str) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,12 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these tests")
 
+from scheduling_costs import expensive
 from vllm_live import ELASTIC, PROMPT, Reference, engine, generate, logprobs_of, made, tokens_of
+
+from moe_prism.checkpoint.read import open_checkpoint
+from moe_prism.scheduling import CostModel
+from moe_prism.scheduling.cost_file import write_cost_model
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -97,6 +104,44 @@ def test_prefixes_are_shared_within_a_class_of_quality_only(llm: Any) -> None:
     assert hits(k_active=16) > 0
     assert hits(k_min=2) == 0  # nor a request that only may fall so low
     assert hits(k_min=16) > 0  # the same class as full budget
+
+
+def cost_model(path: Path, **changes: Any) -> CostModel:
+    """One in which a token at full budget takes 20 ms, of which 16 are in proportion to its budget."""
+    from moe_prism.vllm_plugin.costs import engine_name, machine_name
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=torch.float32), device_config=SimpleNamespace(device_type="cpu")
+    )
+    identity = {
+        "engine": engine_name(),
+        "machine": machine_name(config),
+        "checkpoint": open_checkpoint(path).fingerprint(),
+    }
+    return replace(expensive(), **{**identity, **changes})
+
+
+def test_under_load_budgets_fall_and_floors_hold(checkpoint: Path, tmp_path: Path) -> None:
+    write_cost_model(tmp_path / "cost.json", cost_model(checkpoint))
+    options = {"cost_model": str(tmp_path / "cost.json")}
+    with engine(checkpoint, max_num_seqs=4, additional_config={"moe_prism": options}, **ELASTIC) as llm:
+        crowd = generate(llm, [{"k_min": 3, "tpot_ms": 30}, {"k_min": 12, "tpot_ms": 30}] * 6)
+        (alone,) = generate(llm, [{"k_min": 3, "tpot_ms": 1000}])
+    means = [output.kv_transfer_params["moe_prism"]["mean_k_active"] for output in crowd]
+    assert min(means[::2]) >= 3
+    assert min(means[1::2]) >= 12
+    assert sum(means[::2]) < 6 * 10
+    assert alone.kv_transfer_params["moe_prism"]["mean_k_active"] > 13
+
+
+def test_a_cost_model_of_another_engine_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    write_cost_model(tmp_path / "cost.json", cost_model(checkpoint, engine="embedded"))
+    options = {"moe_prism": {"cost_model": str(tmp_path / "cost.json")}}
+    with (
+        pytest.raises(Exception, match="measured for engine 'embedded'"),
+        engine(checkpoint, additional_config=options, **ELASTIC),
+    ):
+        pass
 
 
 def test_full_budget_is_the_stock_engine(llm: Any, checkpoint: Path) -> None:

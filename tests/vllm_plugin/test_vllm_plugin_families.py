@@ -64,3 +64,27 @@ def test_compiled_graphs_give_the_same(budgets: tuple[int, ...], tmp_path: Path)
     path = made(tmp_path)
     with engine(path, enforce_eager=False, **ELASTIC) as llm:
         agrees(path, llm, budgets)
+
+
+@pytest.mark.parametrize("recalibration", ["mean", "scale", "renormalise"])
+def test_two_tensor_parallel_processes_give_the_same(recalibration: str, tmp_path: Path) -> None:
+    fitted = 0 if recalibration == "renormalise" else 3
+    path = made(tmp_path, recalibration=recalibration, compensation_budgets=fitted)
+    with engine(path, tensor_parallel_size=2, **ELASTIC) as llm:
+        agrees(path, llm, (1, 9, 16))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"gate": "proxy"}, "reads the experts' weights"),
+        ({"solver": "importance", "neurons": "gate-first"}, "chooses neurons"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(recipe: dict[str, Any], words: str, tmp_path: Path) -> None:
+    path = made(tmp_path, **recipe)
+    with (
+        pytest.raises(Exception, match=words),
+        engine(path, tensor_parallel_size=2, distributed_executor_backend="mp", **ELASTIC),
+    ):
+        pass
