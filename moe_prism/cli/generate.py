@@ -22,47 +22,53 @@ def generate(
     memory: Annotated[
         str | None, typer.Option(help="Of the whole process, e.g. 4GB; for a checkpoint that `moe-prism pack` wrote.")
     ] = None,
+    tpot_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds of a token, within which blocks are read; with --memory.")
+    ] = None,
+    k_min: Annotated[int, typer.Option(help="Least budget that --tpot-ms may lead to.")] = 1,
 ) -> None:
     """Continue a prompt at a budget.
 
-    Example: moe-prism generate olmoe-elastic --prompt "The sea was" --k-active 9
+    Example: moe-prism generate olmoe-elastic --prompt "The sea was" --k-active 9, or, of a packed checkpoint,
+    moe-prism generate olmoe-packed --memory 4GB --tpot-ms 200 --k-min 9 --prompt "The sea was"
     """
+    from ..errors import PrismError
     from .console import bytes_of
 
     limit = None if memory is None else bytes_of(memory)
+    if tpot_ms is not None and limit is None:
+        raise PrismError("--tpot-ms says which blocks are worth reading, so it needs --memory")
     from ..checkpoint.read import open_checkpoint
     from ..elastic.dial import Dial
 
     budget = Dial(open_checkpoint(checkpoint, verify=False).elastic.full_budget)
     chosen = budget.full_budget if k_active is None else budget.check(k_active)
+    budget.check(k_min)
     from transformers import TextStreamer
 
     from ..elastic import load_elastic, set_budget
     from .console import compute_dtype, load_tokenizer, quiet
 
     quiet()
+    tokenizer = load_tokenizer(str(checkpoint))
     if limit is None:
         model = load_elastic(checkpoint, dtype=compute_dtype(dtype), verify=verify)
-    else:
-        from ..offload import load_offloaded
-
-        model = load_offloaded(checkpoint, limit, dtype=compute_dtype(dtype), verify=verify)
-    tokenizer = load_tokenizer(str(checkpoint))
-    set_budget(model, chosen)
-    print(prompt, end="", flush=True)
-    continue_text(
-        model, tokenizer, prompt, max_new_tokens, temperature, seed, TextStreamer(tokenizer, skip_prompt=True)
-    )
-    if limit is not None:
-        from ..offload.load import manager_of
-        from .console import err
-
-        counted = manager_of(model).statistics
-        err.print(
-            f"blocks: {counted.hit_rate:.1%} found in memory, {counted.bytes_read / 1e9:.2f} GB read, "
-            f"{counted.stall_seconds:.2f} s waited, read ahead {counted.precision:.1%} right",
-            soft_wrap=True,
+        set_budget(model, chosen)
+        print(prompt, end="", flush=True)
+        continue_text(
+            model, tokenizer, prompt, max_new_tokens, temperature, seed, TextStreamer(tokenizer, skip_prompt=True)
         )
+        return
+    from ..offload import load_offloaded, set_deadline
+    from ..offload.load import manager_of
+    from .offloaded import shown
+
+    length = len(tokenizer(prompt).input_ids) + max_new_tokens
+    model = load_offloaded(checkpoint, limit, dtype=dtype, context=length, verify=verify)
+    set_budget(model, chosen)
+    pace = set_deadline(model, tpot_ms, k_min)
+    with shown(tokenizer, prompt, manager_of(model), pace) as streamer:
+        continue_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, streamer)
 
 
 def continue_text(

@@ -29,6 +29,9 @@ def serve(
     hopeless: Annotated[
         Literal["serve", "refuse"], typer.Option(help="Requests whose objectives no budget can meet.")
     ] = "serve",
+    memory: Annotated[
+        str | None, typer.Option(help="Of the whole process, e.g. 4GB; for a checkpoint that `moe-prism pack` wrote.")
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights in memory.")] = "auto",
     verify: Annotated[bool, typer.Option(help="Compare the files with their checksums first.")] = True,
 ) -> None:
@@ -46,14 +49,16 @@ def serve(
     limits = ServerLimits(api_key, max_waiting, max_body, drain_seconds)
     with bind(host, port) as socket:
         from ..serving.load import EngineOptions, check, load
-        from .console import compute_dtype, err, load_tokenizer, quiet
+        from .console import bytes_of, compute_dtype, err, load_tokenizer, quiet
 
-        options = EngineOptions(policy, max_running, memory_tokens, max_prefill, k_min, hopeless)
+        limit = None if memory is None else bytes_of(memory)
+        options = EngineOptions(policy, max_running, memory_tokens, max_prefill, k_min, hopeless, limit)
         check(checkpoint, options)
         quiet()
         tokenizer = load_tokenizer(str(checkpoint))
         called = name or checkpoint.resolve().name
-        model, engine = load(checkpoint, tokenizer, called, options, dtype=compute_dtype(dtype), verify=verify)
+        kind = compute_dtype(dtype) if limit is None else dtype
+        model, engine = load(checkpoint, tokenizer, called, options, dtype=kind, verify=verify)
         address, taken = socket.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         run(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,26 @@ class StepBudgets(NamedTuple):
     requests: Tensor | None = None
 
 
+class Limiter(Protocol):
+    """Leaves out what is not worth its time."""
+
+    floor: int
+
+    def limits(self, tokens: int) -> bool:
+        """Whether a step of so many tokens is limited."""
+
+    def limit(self, layer: int, scores: Tensor, chosen: Tensor, floor: Tensor, index: Tensor) -> Tensor:
+        """The candidates that run: all of ``floor``, and part of ``chosen``.
+
+        Args:
+            layer: its number.
+            scores: ``[T, k, N]``, what candidates are compared by.
+            chosen: bool ``[T, k, N]``, the budget.
+            floor: bool ``[T, k, N]``, the limiter's ``floor`` best of each token.
+            index: int64 ``[T, k]`` routed experts.
+        """
+
+
 class Dial:
     """The budgets in force.
 
@@ -61,6 +81,7 @@ class Dial:
         spread: the budget of every layer by budget, int64 ``[L, full + 1]``; None: the same in every layer.
         sharing: how tokens of a request share its budget, where it is known which are; None: all get the same.
         batch: rows and tokens of a row of the forward under way, where it is known; see ``begin``.
+        limiter: what may run less than the budget, down to a floor of its own, because of time; None: nothing.
     """
 
     def __init__(self, full_budget: int) -> None:
@@ -76,6 +97,7 @@ class Dial:
         self._placed: tuple[Tensor, Tensor] | None = None  # spread and its copy where budgets were last
         self.sharing: Sharing | None = None
         self.batch: tuple[int, int] | None = None
+        self.limiter: Limiter | None = None
         self._buffer = torch.empty(0, dtype=torch.int64)
         self._filled: Tensor | None = None
         self._requests: Tensor | None = None

@@ -21,11 +21,19 @@ from ..gates import Gate
 from .batch_selection import choose
 from .compensation import Recalibration
 from .cpu_selection import select, select_all
-from .dial import Dial, StepBudgets
+from .dial import Dial, Limiter, StepBudgets
 from .executors import NeuronRule, choose_executor
 from .executors.choice import What
 from .ladder import LadderPlan, run_ladder
-from .selection import gather_selection, pooled_scores, softmax_weights, whole_experts
+from .selection import (
+    Selection,
+    best,
+    first_candidates,
+    gather_selection,
+    pooled_scores,
+    softmax_weights,
+    whole_experts,
+)
 
 # Tokens at full budget from which they run apart from the others of a step on a CPU: scoring a long prompt for nothing
 # costs more than reading some weights twice (256 of 260 tokens, bundled model: 29 ms a layer together, 13 apart).
@@ -96,7 +104,8 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
 
         state = attach_on_demand(module)
     step = state.dial.step(len(hidden_states), hidden_states.device, state.number)
-    if step is not None and step.k_min is step.means is None and hidden_states.device.type == "cpu":
+    many = len(hidden_states) > SPLIT_FROM and hidden_states.device.type == "cpu"
+    if many and step is not None and step.k_min is step.means is None:
         whole = step.k_active == state.dial.full_budget
         count = int(whole.sum())
         if SPLIT_FROM <= count < len(whole):
@@ -123,7 +132,11 @@ def _run(
             raise PrismError(f"{state.name}: a gate that gives weights needs all experts of a token on one device")
         valid = top_k_index < experts
         index = top_k_index.clamp(max=experts - 1)
-    scores = None
+    scores, limiter = None, state.dial.limiter
+    if limiter is not None and not limiter.limits(len(index)):
+        limiter = None
+    if step is None and limiter is not None:
+        step = StepBudgets(torch.full((len(index),), state.dial.full_budget))
     if step is not None:
         scores = state.gate.score(module, state.on(hidden_states.device), hidden_states, index, n)
         if step.means is not None:
@@ -143,7 +156,9 @@ def _run(
         out = executor.run(module, hidden_states, everything, 1)
     else:
         weighted = state.gate.weighted
-        if look.k_min is None and plain:
+        if limiter is not None:
+            selection, step = _limited(state, limiter, scores.values, top_k_weights, index, look, step)
+        elif look.k_min is None and plain:
             selection = select(scores.values.detach(), top_k_weights.detach(), index, look.k_active, weighted)
         else:
             pooled = pooled_scores(scores.values, top_k_weights, weighted, valid)
@@ -174,6 +189,28 @@ def _run(
         weights = top_k_weights if valid is None else top_k_weights.masked_fill(~valid, 0)
         out = out + torch.einsum("tk,tkh->th", weights.float(), bias[index].float()).to(out.dtype)
     return out
+
+
+def _limited(
+    state: ElasticLayer,
+    limiter: Limiter,
+    scores: Tensor,
+    weights: Tensor,
+    index: Tensor,
+    look: StepBudgets,
+    step: StepBudgets,
+) -> tuple[Selection, StepBudgets]:
+    """What runs in the time there is, and the budgets that this comes to."""
+    dial = state.dial
+    floor = dial.of_layer(torch.full((len(index),), limiter.floor), state.number)
+    floor = floor if dial.plan is None else dial.plan.scan[floor]
+    pooled = pooled_scores(scores, weights, state.gate.weighted)
+    first = first_candidates(pooled, weights)
+    chosen = best(pooled, first, look.k_active)
+    kept = limiter.limit(state.number, pooled, chosen, best(pooled, first, floor.minimum(look.k_active)), index)
+    # Where neurons are skipped, the number of sub-experts looked at is not the budget that is paid.
+    budgets = kept.sum(dim=(1, 2)) if look is step else step.k_active
+    return gather_selection(kept, index, weights.float()), StepBudgets(budgets)
 
 
 def _share(

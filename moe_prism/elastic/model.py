@@ -57,20 +57,26 @@ def attach(model: nn.Module, elastic: ElasticConfig, tensors: dict[str, Tensor],
     Raises:
         CheckpointError: a layer is missing, or its weights are not those the gate was made for.
     """
-    dial = _dial(elastic)
+    dial = dial_for(elastic)
     layers = {layer.name: layer for layer in find_expert_layers(model)}
     for name in elastic.layers:
         if name not in layers:
             raise CheckpointError(f"the model has no layer {name}, which the checkpoint describes")
         module = layers[name].module
-        if same_weights and not matches(module, _tensor(tensors, f"{name}.{FINGERPRINT}")):
-            raise CheckpointError(f"the weights of {name} are not those that its gate was made for; load the original")
-        _attach_one(module, name, dial, elastic, tensors)
+        if same_weights:
+            check_weights(module, name, tensors)
+        attach_layer(module, name, dial, elastic, tensors)
     if isinstance(model, PreTrainedModel):
         model.set_experts_implementation(IMPLEMENTATION)
         for method in (set_budget, _generate):
             model.__dict__[method.__name__.lstrip("_")] = MethodType(method, model)
     return dial
+
+
+def check_weights(module: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
+    """Raise CheckpointError if a layer's weights are not those that its gate was made for."""
+    if not matches(module, _tensor(tensors, f"{name}.{FINGERPRINT}")):
+        raise CheckpointError(f"the weights of {name} are not those that its gate was made for; load the original")
 
 
 def attach_on_demand(module: nn.Module) -> ElasticLayer:
@@ -90,19 +96,31 @@ def attach_on_demand(module: nn.Module) -> ElasticLayer:
     if cached is None:
         elastic = parse_elastic_config(raw)
         file = cached_file(path, TENSORS_FILE)
-        cached = (elastic, load_file(str(file)), _dial(elastic))
+        cached = (elastic, load_file(str(file)), dial_for(elastic))
         _LOADED[id(config)] = cached
         weakref.finalize(config, _LOADED.pop, id(config), None)
     elastic, tensors, dial = cached
     for name in elastic.layers:
         if matches(module, _tensor(tensors, f"{name}.{FINGERPRINT}")):
-            return _attach_one(module, name, dial, elastic, tensors)
+            return attach_layer(module, name, dial, elastic, tensors)
     raise CheckpointError(f"{path}: these expert weights match no layer of the checkpoint; they were altered")
 
 
-def _attach_one(
+def attach_layer(
     module: nn.Module, name: str, dial: Dial, elastic: ElasticConfig, tensors: dict[str, Tensor]
 ) -> ElasticLayer:
+    """Make one stacked experts module elastic, whatever model it is of; its weights are packed in place.
+
+    Args:
+        module: permuted weights.
+        name: of the layer, one of ``elastic.layers``.
+        dial: of the model.
+        elastic: sizes and gate.
+        tensors: ``{layer}.{name}``.
+
+    Raises:
+        CheckpointError: a tensor is missing, or the layer cannot do what the checkpoint asks for.
+    """
     prefix = f"{name}."
     mine = {
         key[len(prefix) :]: value
@@ -134,7 +152,8 @@ def _attach_one(
     return state
 
 
-def _dial(elastic: ElasticConfig) -> Dial:
+def dial_for(elastic: ElasticConfig) -> Dial:
+    """The dial of a model of this checkpoint, at full budget."""
     dial = Dial(elastic.full_budget)
     if elastic.scan is not None:
         dial.plan = Plan(elastic.scan, elastic.num_neurons // elastic.num_sub_experts)

@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
 
 def machine(model: PreTrainedModel) -> dict[str, str | int | float]:
     """Processor, usable cores, and the device and dtype the model runs in (GPU name where it is one)."""
-    described: dict[str, str | int | float] = {"cpu": _cpu_name(), "cores": usable_cores()}
+    described: dict[str, str | int | float] = {"cpu": cpu_name(), "cores": usable_cores()}
     if model.device.type == "cuda":
         import torch
 
@@ -49,7 +49,8 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the operating system calls the processor."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

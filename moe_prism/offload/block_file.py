@@ -17,6 +17,7 @@ import math
 import mmap
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -30,6 +31,8 @@ from typing_extensions import Buffer
 from ..errors import CheckpointError, PrismError
 
 PAGE = 4096
+# Of a block, read at once: between two pieces a read that nobody needs any longer can end.
+PIECE = 1 << 20
 MAGIC = b"MOEPRISM"
 VERSION = 1
 _PREFIX = struct.Struct("<8sIQ")  # magic, length of the header, its checksum
@@ -193,31 +196,40 @@ class BlockFile:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def read(self, block: int, into: memoryview) -> None:
+    def read(self, block: int, into: memoryview, go_on: Callable[[int], bool] | None = None) -> bool:
         """Read a block into ``stride`` bytes of page-aligned memory; one failed attempt is repeated.
+
+        Args:
+            block: which.
+            into: where to.
+            go_on: called with the bytes of every piece that has come; False ends the reading.
+
+        Returns:
+            Whether the whole block was read.
 
         Raises:
             CheckpointError: the block cannot be read, or is not what was written; names file, offset and block.
         """
         for attempt in (1, 2):
             try:
-                self._read(block, into)
+                return self._read(block, into, go_on)
             except OSError as error:
                 if attempt == 2:
                     raise CheckpointError(
                         f"reading block file {self.path} at offset {self.layout.offset(block)} "
                         f"({self.layout.name(block)}) failed twice: {error}"
                     ) from error
-            else:
-                return
+        raise AssertionError  # the second attempt returned or raised
 
-    def _read(self, block: int, into: memoryview) -> None:
+    def _read(self, block: int, into: memoryview, go_on: Callable[[int], bool] | None) -> bool:
         begin, done = self.layout.offset(block), 0
         while done < self.layout.stride:
-            count = os.preadv(self._descriptor, [into[done:]], begin + done)
+            count = os.preadv(self._descriptor, [into[done : done + PIECE]], begin + done)
             if count == 0:
                 raise OSError(f"the file ends at {begin + done}")
             done += count
+            if go_on is not None and not go_on(count):
+                return False
         if not self.direct:  # the cache is ours to manage: a second copy in the system's helps nobody
             os.posix_fadvise(self._descriptor, begin, self.layout.stride, os.POSIX_FADV_DONTNEED)
         if checksum(into) != int(self._sums[block]):
@@ -225,6 +237,7 @@ class BlockFile:
                 f"block file {self.path}: the block at offset {begin} ({self.layout.name(block)}) is not what was "
                 "written; pack the checkpoint again"
             )
+        return True
 
 
 def aligned(size: int) -> NDArray[np.uint8]:

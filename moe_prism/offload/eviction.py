@@ -6,30 +6,45 @@ A rule is told of every use and asked for a victim among the blocks that may go.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import PrismError
 from ..registry import Registry
+
+Blocks = NDArray[np.int64]
+Values = NDArray[np.float64]
 
 
 class EvictionRule(ABC):
     """Base of all rules; an instance belongs to one cache."""
 
     @abstractmethod
-    def used(self, block: int, value: float) -> None:
-        """A block was used; ``value`` is its share of the step's routing weights, 0..1."""
+    def used(self, blocks: Blocks, values: Values, now: float) -> None:
+        """A step uses blocks.
+
+        Args:
+            blocks: different ones.
+            values: each one's share of the step's routing weights, 0..1.
+            now: how often all layers were run so far, by the steps of all of them; in decoding, tokens.
+        """
 
     @abstractmethod
-    def victim(self, resident: Iterable[int], free: Callable[[int], bool]) -> int | None:
-        """The block to evict: a resident one for which ``free`` holds; None if there is none."""
-
-    def dropped(self, block: int) -> None:  # noqa: B027 - most rules keep their memory of evicted blocks
-        """A block has left the cache."""
+    def victim(self, candidates: Blocks) -> int:
+        """The one of some resident blocks that is evicted."""
 
 
 EVICTION: Registry[EvictionRule] = Registry("eviction rule")
+
+
+def _fitted(array: NDArray[np.float64], blocks: Blocks) -> NDArray[np.float64]:
+    """An array by block, long enough for these."""
+    need = int(blocks.max(initial=-1)) + 1
+    return array if need <= len(array) else np.pad(array, (0, 2 * need - len(array)))
 
 
 @EVICTION.register("lru")
@@ -37,74 +52,124 @@ EVICTION: Registry[EvictionRule] = Registry("eviction rule")
 class LeastRecentlyUsed(EvictionRule):
     """The block that was not used for the longest time goes (the paper's rule, arXiv 2510.19366)."""
 
-    _order: OrderedDict[int, None] = field(default_factory=OrderedDict, init=False, repr=False)
+    _last: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), init=False, repr=False)
+    _uses: int = field(default=0, init=False, repr=False)
 
-    def used(self, block: int, value: float) -> None:
+    def used(self, blocks: Blocks, values: Values, now: float) -> None:
         """See ``EvictionRule.used``."""
-        self._order[block] = None
-        self._order.move_to_end(block)
+        self._last = _fitted(self._last, blocks)
+        self._last[blocks] = self._uses + 1 + np.arange(len(blocks))
+        self._uses += len(blocks)
 
-    def victim(self, resident: Iterable[int], free: Callable[[int], bool]) -> int | None:
+    def victim(self, candidates: Blocks) -> int:
         """See ``EvictionRule.victim``; blocks that were read ahead and never used go first."""
-        unused = next((block for block in resident if block not in self._order and free(block)), None)
-        return unused if unused is not None else next((block for block in self._order if free(block)), None)
-
-    def dropped(self, block: int) -> None:
-        """See ``EvictionRule.dropped``."""
-        self._order.pop(block, None)
+        self._last = _fitted(self._last, candidates)
+        return int(candidates[self._last[candidates].argmin()])
 
 
 @dataclass
-class _Decaying(EvictionRule):
-    """The block with the least weight goes; a weight halves every ``half_life`` uses of any block."""
+class _Decayed:
+    """Sums of weights by block, each halved every ``half_life`` of the clock."""
 
-    half_life: float = 4096.0
-    _weight: dict[int, float] = field(default_factory=dict, init=False, repr=False)
-    _unit: float = field(default=1.0, init=False, repr=False)
+    half_life: float
+    _sum: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), init=False, repr=False)
+    _at: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.half_life > 0:
-            raise PrismError(f"half_life must be above 0 uses, got {self.half_life}")
+            raise PrismError(f"a half-life must be above 0 tokens, got {self.half_life}")
 
-    def add(self, block: int, weight: float) -> None:
-        # Instead of shrinking all weights, what is added grows; before it overflows all are scaled back.
-        self._unit *= 2.0 ** (1.0 / self.half_life)
-        if self._unit > 1e100:
-            self._weight = {known: value / self._unit for known, value in self._weight.items()}
-            self._unit = 1.0
-        self._weight[block] = self._weight.get(block, 0.0) + weight * self._unit
+    def of(self, blocks: Blocks, now: float) -> NDArray[np.float64]:
+        """The sums at some time."""
+        self._sum, self._at = _fitted(self._sum, blocks), _fitted(self._at, blocks)
+        sums: NDArray[np.float64] = self._sum[blocks] * np.exp2((self._at[blocks] - now) / self.half_life)
+        return sums
 
-    def victim(self, resident: Iterable[int], free: Callable[[int], bool]) -> int | None:
-        """See ``EvictionRule.victim``."""
-        return min((block for block in resident if free(block)), key=lambda b: self._weight.get(b, 0.0), default=None)
+    def add(self, blocks: Blocks, weights: Values | float, now: float) -> None:
+        """Add to some blocks."""
+        self._sum[blocks], self._at[blocks] = self.of(blocks, now) + weights, now
 
 
 @EVICTION.register("lfu-decay")
 @dataclass
-class LeastFrequentlyUsed(_Decaying):
+class LeastFrequentlyUsed(EvictionRule):
     """The block that was used least often goes, where older uses count less.
 
     Attributes:
-        half_life: uses (of all blocks) after which one use counts half.
+        half_life: tokens after which a use counts half.
     """
 
-    def used(self, block: int, value: float) -> None:
+    half_life: float = 64.0
+    _uses: _Decayed = field(init=False, repr=False)
+    _now: float = field(default=0.0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._uses = _Decayed(self.half_life)
+
+    def used(self, blocks: Blocks, values: Values, now: float) -> None:
         """See ``EvictionRule.used``."""
-        self.add(block, 1.0)
+        self._now = now
+        self._uses.add(blocks, 1.0, now)
+
+    def victim(self, candidates: Blocks) -> int:
+        """See ``EvictionRule.victim``."""
+        return int(candidates[self._uses.of(candidates, self._now).argmin()])
 
 
 @EVICTION.register("gate-aware")
 @dataclass
-class GateAware(_Decaying):
+class GateAware(LeastFrequentlyUsed):
     """The block that was wanted least goes: uses weighted by their share of the routing weights, decaying.
 
     Attributes:
-        half_life: uses (of all blocks) after which one use counts half.
+        half_life: tokens after which a use counts half.
     """
 
-    def used(self, block: int, value: float) -> None:
+    def used(self, blocks: Blocks, values: Values, now: float) -> None:
         """See ``EvictionRule.used``."""
-        self.add(block, value)
+        self._now = now
+        self._uses.add(blocks, values, now)
+
+
+@EVICTION.register("frequent-recent")
+@dataclass
+class FrequentRecent(EvictionRule):
+    """The block with the least chance of a use goes, by its frequency in the long run and in the last few tokens.
+
+    The chance is the mean of (1 where a token used the block, else 0) over past tokens with weights that halve every
+    ``half_life`` tokens, plus ``recency`` times the same with ``short_life``: which experts a model prefers, and that a
+    token's experts are likely to be the next one's as well.
+
+    Attributes:
+        half_life: of the long run, in tokens.
+        short_life: of what is recent, in tokens.
+        recency: what a recent use counts beside the long run.
+    """
+
+    half_life: float = 64.0
+    short_life: float = 1.0
+    recency: float = 0.2
+    _long: _Decayed = field(init=False, repr=False)
+    _short: _Decayed = field(init=False, repr=False)
+    _now: float = field(default=0.0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.recency >= 0:
+            raise PrismError(f"recency must be 0 or more, got {self.recency}")
+        self._long, self._short = _Decayed(self.half_life), _Decayed(self.short_life)
+
+    def used(self, blocks: Blocks, values: Values, now: float) -> None:
+        """See ``EvictionRule.used``."""
+        self._now = now
+        self._long.add(blocks, 1.0, now)
+        self._short.add(blocks, 1.0, now)
+
+    def victim(self, candidates: Blocks) -> int:
+        """See ``EvictionRule.victim``."""
+        # A sum divided by the sum of all its weights is the mean.
+        share = (1 - 0.5 ** (1 / self.short_life)) / (1 - 0.5 ** (1 / self.half_life))
+        often = self._long.of(candidates, self._now)
+        return int(candidates[(often + self.recency * share * self._short.of(candidates, self._now)).argmin()])
 
 
 @EVICTION.register("belady")
@@ -123,18 +188,19 @@ class Belady(EvictionRule):
         for position, block in enumerate(self.trace):
             self._next[block].append(position)
 
-    def used(self, block: int, value: float) -> None:
+    def used(self, blocks: Blocks, values: Values, now: float) -> None:
         """See ``EvictionRule.used``."""
-        uses = self._next[block]
-        if not uses:
-            raise PrismError(f"block {block} was used more often than the trace says; record the trace anew")
-        uses.popleft()
+        for block in blocks.tolist():
+            uses = self._next[block]
+            if not uses:
+                raise PrismError(f"block {block} was used more often than the trace says; record the trace anew")
+            uses.popleft()
 
-    def victim(self, resident: Iterable[int], free: Callable[[int], bool]) -> int | None:
+    def victim(self, candidates: Blocks) -> int:
         """See ``EvictionRule.victim``."""
 
         def away(block: int) -> float:
             uses = self._next[block]
             return uses[0] if uses else float("inf")
 
-        return max((block for block in resident if free(block)), key=away, default=None)
+        return max(map(int, candidates), key=away)

@@ -44,7 +44,7 @@ class LayerBlocks:
     @property
     def num_sub_experts(self) -> int:
         """N."""
-        return self.manager.file.layout.num_sub_experts
+        return self.manager.layout.num_sub_experts
 
 
 def blocks_of(module: nn.Module) -> LayerBlocks | None:
@@ -55,28 +55,32 @@ def blocks_of(module: nn.Module) -> LayerBlocks | None:
 @EXECUTORS.register(NAME)
 @dataclass(frozen=True)
 class OffloadExecutor(Executor):
-    """Reads what is not in memory; arithmetic in fp32 by the CPU kernels."""
+    """Reads what is not in memory; arithmetic in fp32 by the CPU kernels, or on a device by its matrix products."""
 
     skips_neurons: ClassVar[bool] = True
     runs_full: ClassVar[bool] = True
 
     def refusal(self, module: nn.Module, x: Tensor) -> str | None:
-        """Needs a model that ``load_offloaded`` made, and inputs on the CPU."""
-        if blocks_of(module) is None:
+        """Needs a model that ``load_offloaded`` made, and inputs where its fast tier is."""
+        blocks = blocks_of(module)
+        if blocks is None:
             return "its weights are not in a block file; load a packed checkpoint with moe_prism.offload.load_offloaded"
-        return None if x.device.type == "cpu" else f"the input is on {x.device}"
+        device = blocks.manager.tier.device
+        return None if x.device == device else f"the input is on {x.device}, the blocks are on {device}"
 
     def run(self, module: nn.Module, x: Tensor, selection: Selection, n: int, computed: Tensor | None = None) -> Tensor:
         """See ``Executor.run``; ``computed`` is None, since no gate of an offloaded model reads neurons."""
         blocks = _required(module)
-        out = torch.zeros(x.shape, dtype=torch.float32)
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        selection = Selection(*(values.cpu() for values in selection))  # which block is where is the host's business
         for part in _parts(_by_sub_expert(selection, n, blocks.num_sub_experts), blocks, x.shape[1]):
-            outputs = torch.empty(len(part.pairs.token), x.shape[1])
+            outputs = torch.empty(len(part.pairs.token), x.shape[1], device=x.device)
             for ready in part.as_they_come(x):
                 projected = ready.project(module, x)
                 hidden: Tensor = module._apply_gate(projected)  # type: ignore[operator]
-                outputs[ready.at] = ready.down(hidden * ready.pairs.weight[:, None].float())
-            out.index_add_(0, part.pairs.token, outputs)
+                weight = ready.pairs.weight[:, None].float().to(x.device)
+                outputs[ready.at.to(x.device)] = ready.down(hidden * weight)
+            out.index_add_(0, part.pairs.token.to(x.device), outputs)
         return out.to(x.dtype)
 
     def run_some(self, module: nn.Module, x: Tensor, selection: Selection, n: int, rule: NeuronRule) -> Tensor:
@@ -85,23 +89,24 @@ class OffloadExecutor(Executor):
         Every block is needed twice, before and after the choice; the second time it is in memory if all of them fit.
         """
         blocks = _required(module)
-        size = blocks.manager.file.layout.neurons
+        selection = Selection(*(values.cpu() for values in selection))
+        size = blocks.manager.layout.neurons
         hidden, score = torch.empty(2, len(selection.token), size)
         scale = rule.scale.view(-1, size)
         parts = list(_parts(selection, blocks, x.shape[1]))
         for part in parts:
             for ready in part.as_they_come(x):
-                gate, up = ready.project(module, x).chunk(2, dim=1)
+                gate, up = ready.project(module, x).cpu().chunk(2, dim=1)
                 gate = torch.nn.functional.silu(gate) * ready.pairs.weight[:, None].float()
                 at = ready.at + part.begin
                 hidden[at], score[at] = gate * up, gate.abs() * scale[ready.pairs.sub_expert]
         hidden *= _kept(selection.token, score, rule)
-        out = torch.zeros(x.shape, dtype=torch.float32)
+        hidden, out = hidden.to(x.device), torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for part in parts:
-            outputs = torch.empty(len(part.pairs.token), x.shape[1])
+            outputs = torch.empty(len(part.pairs.token), x.shape[1], device=x.device)
             for ready in part.as_they_come(None):
-                outputs[ready.at] = ready.down(hidden[ready.at + part.begin])
-            out.index_add_(0, part.pairs.token, outputs)
+                outputs[ready.at.to(x.device)] = ready.down(hidden[(ready.at + part.begin).to(x.device)])
+            out.index_add_(0, part.pairs.token.to(x.device), outputs)
         return out.to(x.dtype)
 
 
@@ -125,20 +130,32 @@ class _Group:
     def project(self, module: nn.Module, x: Tensor) -> Tensor:
         """Gate and up projections with their biases, laid out for ``_apply_gate``: fp32 ``[S, 2c]``."""
         manager = self.blocks.manager
-        size = manager.file.layout.neurons
-        parts, count = (1, 2 * size) if manager.file.layout.interleaved else (2, size)
+        size, rows = manager.layout.neurons, manager.tier.rows()
+        if isinstance(rows, Tensor):
+            each = self.pairs.token.to(x.device)
+            products = [x[each[pairs]].to(rows.dtype) @ mine[: 2 * size].t() for pairs, mine in self._each(rows)]
+            return add_gate_up_bias(module, torch.cat(products).float(), self.pairs, self.blocks.num_sub_experts)
+        parts, count = (1, 2 * size) if manager.layout.interleaved else (2, size)
         out = torch.empty(len(self.at), 2 * size)
         tokens, token = x.float().contiguous().numpy(), self.pairs.token.numpy()
-        multiply_rows(manager.rows(), tokens, token, self.starts, self.first, parts, size, count, out.numpy())
+        multiply_rows(rows, tokens, token, self.starts, self.first, parts, size, count, out.numpy())
         return add_gate_up_bias(module, out, self.pairs, self.blocks.num_sub_experts)
 
     def down(self, hidden: Tensor) -> Tensor:
         """Outputs of weighted activations ``[S, c]``, pair by pair: fp32 ``[S, H]``."""
-        layout = self.blocks.manager.file.layout
+        layout, rows = self.blocks.manager.layout, self.blocks.manager.tier.rows()
+        if isinstance(rows, Tensor):
+            down = slice(2 * layout.neurons, 3 * layout.neurons)
+            return torch.cat([hidden[pairs].to(rows.dtype) @ mine[down] for pairs, mine in self._each(rows)]).float()
         out = torch.zeros(len(hidden), layout.hidden_size)
         pair, first = np.arange(len(hidden)), self.first + 2 * layout.neurons
-        add_rows(self.blocks.manager.rows(), hidden.numpy(), pair, self.starts, first, layout.neurons, out.numpy())
+        add_rows(rows, hidden.numpy(), pair, self.starts, first, layout.neurons, out.numpy())
         return out
+
+    def _each(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Pairs of each block, and its rows."""
+        for group, first in enumerate(self.first.tolist()):
+            yield slice(int(self.starts[group]), int(self.starts[group + 1])), rows[first:]
 
 
 @dataclass(frozen=True)
@@ -171,7 +188,7 @@ class _Part:
         runs = [np.arange(self.starts[ready.position], self.starts[ready.position + 1]) for ready in batch]
         at = torch.from_numpy(np.concatenate(runs))
         starts = np.concatenate([[0], np.cumsum([len(run) for run in runs])]).astype(np.int64)
-        first = np.array([ready.slot for ready in batch]) * self.blocks.manager.rows_per_slot
+        first = np.array([ready.slot for ready in batch]) * self.blocks.manager.tier.rows_per_slot
         return _Group(self.blocks, Selection(*(values[at] for values in self.pairs)), at, starts, first)
 
 

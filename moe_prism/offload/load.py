@@ -10,9 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..checkpoint.checksums import verify_sums
@@ -27,8 +26,9 @@ from .executor import NAME, LayerBlocks, blocks_of
 from .manager import READERS, Manager
 from .pack import BLOCKS_FILE, RESIDENT_FILE, STACKED
 from .predict import Predictor
+from .tiers import MemoryTier, Tier
 
-RULE = "gate-aware"
+RULE = "frequent-recent"
 # Logits, outputs of a layer's pairs and what the allocator keeps, in bytes.
 WORKING = 160 << 20
 
@@ -51,7 +51,7 @@ def load_offloaded(
         memory: bytes for the whole process: interpreter and libraries, weights, keys and values of ``context`` tokens,
             working memory, blocks.
         dtype: of the resident weights; "auto" keeps the stored one. Blocks stay as stored.
-        rule: which block is evicted: gate-aware, lfu-decay, lru.
+        rule: which block is evicted: frequent-recent, gate-aware, lfu-decay, lru.
         readers: threads that read blocks.
         read_ahead: read what the next layer will probably want.
         context: tokens that ``memory`` has room for.
@@ -105,12 +105,19 @@ def attach_blocks(
         readers: threads that read blocks.
         read_ahead: read what the next layer will probably want.
     """
+    return attach_tier(model, MemoryTier(file, slots), rule=rule, readers=readers, read_ahead=read_ahead)
+
+
+def attach_tier(
+    model: PreTrainedModel, tier: Tier, *, rule: str = RULE, readers: int = READERS, read_ahead: bool = True
+) -> Manager:
+    """Let an elastic model's experts come from a tier, which is closed with the manager; see ``attach_blocks``."""
     layers = elastic_layers(model)
     names = [layer.name for layer, _ in layers]
-    if names != file.layout.layers:
-        raise CheckpointError(f"block file {file.path} is of the layers {file.layout.layers}, the model has {names}")
-    manager = Manager(file, slots, EVICTION.create(rule), readers)
-    per_layer = file.layout.per_layer
+    if names != tier.layout.layers:
+        raise CheckpointError(f"the blocks are of the layers {tier.layout.layers}, the model has {names}")
+    manager = Manager(tier, EVICTION.create(rule), readers)
+    per_layer = tier.layout.per_layer
     for number, (layer, _) in enumerate(layers):
         following = layers[number + 1] if read_ahead and number + 1 < len(layers) else None
         predictor = None if following is None else Predictor(*following, (number + 1) * per_layer)
@@ -136,6 +143,21 @@ def token_bytes(model: PreTrainedModel) -> int:
     return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
 
 
+def _copied(path: Path, dtype: str | torch.dtype) -> dict[str, Tensor]:
+    """Tensors in memory of their own, one after the other.
+
+    safetensors gives views of the mapped file: pages that count as memory once they are touched, which is after the
+    places for blocks were counted, and that the system may throw out.
+    """
+    tensors = {}
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no dictionary
+            tensor = file.get_tensor(name)
+            kind = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, tensor.dtype)
+            tensors[name] = tensor.to(kind if tensor.is_floating_point() else tensor.dtype, copy=True)
+    return tensors
+
+
 def load_resident(folder: Path, dtype: str | torch.dtype) -> tuple[PreTrainedModel, ElasticConfig]:
     """The elastic model of a packed checkpoint without its routed experts' weights, and what it says of itself."""
     config = AutoConfig.from_pretrained(folder)
@@ -143,13 +165,10 @@ def load_resident(folder: Path, dtype: str | torch.dtype) -> tuple[PreTrainedMod
     with init_empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     try:
-        weights = load_file(folder / RESIDENT_FILE)
-        tensors = load_file(folder / TENSORS_FILE)
+        weights = _copied(folder / RESIDENT_FILE, dtype)
+        tensors = _copied(folder / TENSORS_FILE, "auto")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is incomplete or altered ({error}); pack the checkpoint again") from None
-    if dtype != "auto":
-        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        weights = {name: w.to(kind) if w.is_floating_point() else w for name, w in weights.items()}
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     left = [name for name, p in model.named_parameters() if p.device.type == "meta"]

@@ -1,8 +1,9 @@
-"""Blocks on demand and ahead of demand: reader threads between a block file and the cache.
+"""Blocks on demand and ahead of demand: reader threads between a slow tier and a fast one.
 
 A step names the blocks that it needs; what is in memory can be computed at once, while the rest is being read
 (arXiv 2510.19366, phase 2: L(t) = Latency_IO(S_miss) + Latency_compute(S_req), here overlapped). Reads that somebody
-waits for come before reads ahead. One step at a time. Knows nothing of models or scores.
+waits for come before reads ahead; a read ahead that turns out wrong is ended. One step at a time. Knows nothing of
+models or scores.
 """
 
 from __future__ import annotations
@@ -11,60 +12,22 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
 from typing import NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import PrismError
-from .block_file import BlockFile, aligned
 from .cache import BlockCache
 from .eviction import EvictionRule
+from .statistics import Statistics
+from .tiers import Tier
 
 READERS = 3
-
-
-@dataclass
-class Statistics:
-    """Counts since the start.
-
-    Attributes:
-        hits, misses: required blocks that were in memory, or were not, when their step began. One that is still being
-            read ahead is a miss.
-        blocks_read, bytes_read: from the file, both kinds of reads.
-        stall_seconds: time that steps waited with nothing to compute.
-        predicted, predicted_right: blocks named for read-ahead, and those of them that were then required.
-        foreseeable: required blocks of steps that had a prediction.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    blocks_read: int = 0
-    bytes_read: int = 0
-    stall_seconds: float = 0.0
-    predicted: int = 0
-    predicted_right: int = 0
-    foreseeable: int = 0
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of required blocks that were in memory; 0 before any was required."""
-        return self.hits / max(1, self.hits + self.misses)
-
-    @property
-    def precision(self) -> float:
-        """Share of predicted blocks that were required."""
-        return self.predicted_right / max(1, self.predicted)
-
-    @property
-    def recall(self) -> float:
-        """Share of required blocks that were predicted."""
-        return self.predicted_right / max(1, self.foreseeable)
-
-    def since(self, before: Statistics) -> Statistics:
-        """What was counted after ``before``."""
-        return Statistics(**{f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self)})
+# A layer whose reads ahead were right less often than this, of late, is read ahead in one of PROBE steps only.
+TRUST = 0.25
+PROBE = 16
+# What the latest prediction counts in that.
+_NEWEST = 0.1
 
 
 class Ready(NamedTuple):
@@ -78,36 +41,42 @@ class Manager:
     """A cache of blocks with readers.
 
     Attributes:
+        tier: where the blocks are.
+        layout: of the blocks.
+        cache: which of them.
         statistics: see ``Statistics``.
+        readers: the threads that read.
     """
 
-    def __init__(self, file: BlockFile, slots: int, rule: EvictionRule, readers: int = READERS) -> None:
-        """Reserve memory and start the readers.
+    def __init__(self, tier: Tier, rule: EvictionRule, readers: int = READERS) -> None:
+        """Start the readers.
 
         Args:
-            file: open; closed together with the manager.
-            slots: places for blocks.
+            tier: empty; closed together with the manager.
             rule: who is evicted.
             readers: threads that read.
 
         Raises:
-            PrismError: a number below 1, or no memory.
+            PrismError: a number below 1.
         """
         if readers < 1:
             raise PrismError(f"readers must be 1 or more threads, got {readers}")
-        self.file, self.cache, self.statistics = file, BlockCache(slots, rule), Statistics()
-        self._slab = aligned(slots * file.layout.stride)
-        self._memory = memoryview(self._slab)  # type: ignore[arg-type]
+        self.tier, self.layout = tier, tier.layout
+        self.cache, self.statistics = BlockCache(tier.slots, rule), Statistics()
         self._change = threading.Condition()
         self._wanted: OrderedDict[int, None] = OrderedDict()
         self._ahead: OrderedDict[int, None] = OrderedDict()
         self._predicted: dict[int, frozenset[int]] = {}
+        self._begun: dict[int, set[int]] = {}  # reads ahead by layer
+        self._trust: dict[int, float] = {}
+        self._cancelled: set[int] = set()
         self._failed: dict[int, Exception] = {}
+        self._steps = 0
         self._closed = False
-        self._threads = [
+        self.readers = [
             threading.Thread(target=self._read, name=f"block-reader-{i}", daemon=True) for i in range(readers)
         ]
-        for thread in self._threads:
+        for thread in self.readers:
             thread.start()
 
     def __enter__(self) -> Self:
@@ -117,24 +86,17 @@ class Manager:
         self.close()
 
     def close(self) -> None:
-        """Stop the readers, drop the cache, close the file."""
+        """Stop the readers, close the tier."""
         with self._change:
             self._closed = True
             self._change.notify_all()
-        for thread in self._threads:
+        for thread in self.readers:
             thread.join()
-        self.file.close()
+        self.tier.close()
 
-    def rows(self) -> NDArray[np.generic]:
-        """The cache as rows of weights ``[slots * rows of a stride, H]``: fp32, or the bits of a 16-bit type."""
-        layout = self.file.layout
-        kind = np.float32 if layout.dtype == "float32" else np.uint16
-        return self._slab.view(kind).reshape(-1, layout.hidden_size)
-
-    @property
-    def rows_per_slot(self) -> int:
-        """Rows from one slot to the next."""
-        return self.file.layout.stride // self.file.layout.row_bytes
+    def present(self, block: int) -> bool:
+        """Whether a block is in memory or on its way; safe without the lock, since it promises nothing."""
+        return block in self.cache.place
 
     def step(self, blocks: Sequence[int], values: Sequence[float]) -> Step:
         """Begin a step: holds what is in memory, asks for the rest.
@@ -147,47 +109,67 @@ class Manager:
             raise PrismError(
                 f"a step needs {len(blocks)} blocks at once, the cache holds {self.cache.slots}; raise --memory"
             )
-        total = sum(values) or 1.0
+        shares = np.asarray(values, np.float64)
+        shares /= shares.sum() or 1.0
+        numbers = np.asarray(blocks, np.int64)
         with self._change:
             self._judge(blocks)
-            self.cache.held.update(blocks)
-            for block, value in zip(blocks, values, strict=True):
-                self.cache.rule.used(block, value / total)
+            self.cache.rule.used(numbers, shares, self._steps / len(self.layout.layers))
+            self._steps += 1
+            self.cache.hold(blocks)
+            for block in blocks:
                 self._failed.pop(block, None)
                 if self.cache.ready(block):
                     self.statistics.hits += 1
                     continue
                 self.statistics.misses += 1
-                self._ahead.pop(block, None)
                 if not self.cache.loading(block):
                     self._wanted[block] = None
             self._change.notify_all()
         return Step(self, list(blocks))
 
     def read_ahead(self, blocks: Iterable[int]) -> None:
-        """Read blocks of one later layer when nobody waits for others; replaces what was asked for that layer."""
+        """Read blocks of one later layer when nobody waits for others; replaces what was asked for that layer.
+
+        Where such reads were hardly ever right, they are only tried now and then.
+        """
         named = list(dict.fromkeys(blocks))
         if not named:
             return
         with self._change:
-            self._predicted[named[0] // self.file.layout.per_layer] = frozenset(named)
+            layer = self._layer(named[0])
+            self._predicted[layer] = frozenset(named)
+            if self._trust.get(layer, 1.0) < TRUST and self._steps % (PROBE * len(self.layout.layers)) > layer:
+                return
             for block in named:
                 if block not in self.cache.place and block not in self._wanted:
                     self._ahead[block] = None
             self._change.notify_all()
 
+    def _layer(self, block: int) -> int:
+        return block // self.layout.per_layer
+
     def _judge(self, blocks: Sequence[int]) -> None:
-        """Compare a prediction with what is required, and forget reads ahead of this layer that nobody needs."""
-        per_layer = self.file.layout.per_layer
-        layer = blocks[0] // per_layer if blocks else -1
+        """Compare guesses with what is required; reads ahead that this layer does not need are dropped or ended."""
+        layer = self._layer(blocks[0]) if blocks else -1
+        required, counted = set(blocks), self.statistics
         predicted = self._predicted.pop(layer, None)
         if predicted is not None:
-            required = set(blocks)
-            self.statistics.predicted += len(predicted)
-            self.statistics.predicted_right += len(predicted & required)
-            self.statistics.foreseeable += len(required)
-        for block in [b for b in self._ahead if b // per_layer == layer]:
+            counted.predicted += len(predicted)
+            counted.predicted_right += len(predicted & required)
+            counted.foreseeable += len(required)
+        begun = self._begun.pop(layer, None)
+        if begun:
+            right = len(begun & required)
+            counted.ahead_right += right
+            self._trust[layer] = (1 - _NEWEST) * self._trust.get(layer, 1.0) + _NEWEST * right / len(begun)
+        for block in [b for b in self._ahead if self._layer(b) == layer]:
             del self._ahead[block]
+        for block in [b for b in self.cache.promised if self._layer(b) == layer]:
+            self.cache.promised.discard(block)
+            if block not in required and self.cache.loading(block):
+                self._cancelled.add(block)
+        self._cancelled -= required
 
     def _next(self) -> tuple[int, int] | None:
         """The next read and its slot, waiting for one; None when closed. The lock is held."""
@@ -200,15 +182,16 @@ class Manager:
                     return block, slot
             elif self._ahead:
                 block, _ = self._ahead.popitem(last=False)
-                slot = self.cache.admit(block)
+                slot = self.cache.admit(block, ahead=True)
                 if slot is not None:
+                    self.statistics.ahead += 1
+                    self._begun.setdefault(self._layer(block), set()).add(block)
                     return block, slot
                 continue
             self._change.wait()
         return None
 
     def _read(self) -> None:
-        stride = self.file.layout.stride
         while True:
             with self._change:
                 found = self._next()
@@ -216,19 +199,33 @@ class Manager:
                 return
             block, slot = found
             error: Exception | None = None
+            whole = False
             try:
-                self.file.read(block, self._memory[slot * stride : (slot + 1) * stride])
+                whole = self._fill(block, slot)
             except Exception as raised:  # a reader must survive, whatever it was: the step raises it
                 error = raised
             with self._change:
-                if error is None:
+                if whole:
                     self.cache.arrived(block)
                     self.statistics.blocks_read += 1
-                    self.statistics.bytes_read += stride
                 else:
-                    self._failed[block] = error
                     self.cache.remove(block)
+                    if error is not None:
+                        self._failed[block] = error
+                    elif block in self.cache.held:  # required again after its read was ended
+                        self._wanted[block] = None
+                    else:
+                        self.statistics.cancelled += 1
+                self._cancelled.discard(block)
                 self._change.notify_all()
+
+    def _fill(self, block: int, slot: int) -> bool:
+        def go_on(count: int) -> bool:
+            with self._change:
+                self.statistics.bytes_read += count
+                return block not in self._cancelled
+
+        return self.tier.fill(block, slot, go_on)
 
 
 class Step:
@@ -254,11 +251,13 @@ class Step:
             with change:
                 batch = self._ready()
                 if not batch:
-                    begin = time.perf_counter()
+                    counted = self._manager.statistics
+                    begin, read = time.perf_counter(), counted.bytes_read
                     while not batch:
                         change.wait()
                         batch = self._ready()
-                    self._manager.statistics.stall_seconds += time.perf_counter() - begin
+                    counted.stall_seconds += time.perf_counter() - begin
+                    counted.stall_bytes += counted.bytes_read - read
             yield batch
             self._let_go([ready.position for ready in batch])
 
@@ -275,8 +274,10 @@ class Step:
     def _let_go(self, positions: list[int]) -> None:
         manager = self._manager
         with manager._change:
+            places = [manager.cache.place.get(self._blocks[position], -1) for position in positions]
+            manager.tier.used(place for place in places if place >= 0)
             for position in positions:
                 del self._left[position]
-                manager.cache.held.discard(self._blocks[position])
+                manager.cache.let_go(self._blocks[position])
                 manager._wanted.pop(self._blocks[position], None)
             manager._change.notify_all()

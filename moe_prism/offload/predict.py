@@ -44,9 +44,7 @@ class Predictor:
         """
         if len(x) > FEW_TOKENS:
             return []
-        router: Tensor = self.layer.router.weight  # type: ignore[assignment]
-        logits = torch.nn.functional.linear(x, router.to(x.dtype)).float()
-        weights, index = logits.softmax(dim=-1).topk(self.layer.top_k, dim=-1)
+        weights, index = self.routed(x)
         n = self.state.num_sub_experts
         scores = self.state.gate.score(self.layer.module, self.state.on(x.device), x, index, n)
         pooled = pooled_scores(scores.values, weights, self.state.gate.weighted)
@@ -55,3 +53,10 @@ class Predictor:
         token, slot, part = chosen.nonzero(as_tuple=True)
         order = pooled[token, slot, part].argsort(descending=True)
         return list(dict.fromkeys((self.first + index[token, slot] * n + part)[order].tolist()))
+
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Routing weights and experts ``[T, k]`` that the layer's router would give this input."""
+        router: Tensor = self.layer.router.weight  # type: ignore[assignment]
+        logits = torch.nn.functional.linear(x, router.to(x.dtype)).float()
+        weights, index = logits.softmax(dim=-1).topk(self.layer.top_k, dim=-1)
+        return weights, index

@@ -13,7 +13,9 @@ from typing import Any
 from ..checkpoint.schema import OperatingPoints
 from ..engine import Generation, Sampling
 from ..errors import PrismError
+from ..offload import Statistics
 from ..scheduling import Request
+from ..scheduling.quality import BudgetError, budget_bounds
 from .chat import chat_prompt
 from .errors import ApiError
 from .schema import MAX_CHOICES, ChatRequest, CompletionRequest, Quality
@@ -36,6 +38,7 @@ class ServedModel:
         created: when the server started, seconds since 1970.
         points: measured operating points, or None.
         named: names of operating points -> budget.
+        blocks: what an offloaded model counts, as it goes on; None: the model is in memory.
     """
 
     name: str
@@ -48,6 +51,7 @@ class ServedModel:
     created: int
     points: OperatingPoints | None
     named: dict[str, int]
+    blocks: Statistics | None = None
 
 
 @dataclass(frozen=True)
@@ -143,30 +147,11 @@ def _job(
 
 
 def budgets(model: ServedModel, quality: Quality) -> tuple[int, int]:
-    """Floor and most wanted budget.
-
-    ``k_active`` alone is also the floor: exactly this budget. ``k_min`` alone leaves everything above it to the
-    server. With neither, the server's default floor holds.
-    """
-    full = model.full_budget
-    for name in ("k_min", "k_active"):
-        value = getattr(quality, name)
-        if value is not None and not 1 <= value <= full:
-            raise ApiError(
-                400,
-                f"vllm_xargs.{name} must be from 1 to {full} (full budget), got {value}",
-                param=f"vllm_xargs.{name}",
-            )
-    k_active = full if quality.k_active is None else quality.k_active
-    unnamed = model.k_min if quality.k_active is None else k_active
-    k_min = unnamed if quality.k_min is None else quality.k_min
-    if k_min > k_active:
-        raise ApiError(
-            400,
-            f"vllm_xargs.k_min must be from 1 to k_active = {k_active}, got {k_min}; raise k_active or lower k_min",
-            param="vllm_xargs.k_min",
-        )
-    return k_min, k_active
+    """Floor and most wanted budget; see ``scheduling.quality``."""
+    try:
+        return budget_bounds(quality.k_min, quality.k_active, model.full_budget, model.k_min)
+    except BudgetError as error:
+        raise ApiError(400, str(error), param=f"vllm_xargs.{error.field}") from None
 
 
 def _check_name(model: ServedModel, name: str) -> None:

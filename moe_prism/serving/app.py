@@ -108,6 +108,9 @@ async def beside(request: Request, work: Callable[P, T], /, *args: P.args, **kwa
 def create_app(model: ServedModel, engine: Engine, limits: ServerLimits) -> FastAPI:
     """The ASGI application; ``app.state.bridge`` is its bridge to the engine."""
     metrics = Metrics(model.name, model.full_budget)
+    if model.blocks is not None:
+        counted = model.blocks
+        metrics.watch_blocks(lambda: counted)
     bridge = Bridge(engine, metrics, limits.max_waiting)
     answering = Answering(model, bridge)
     page = page_html()

@@ -18,6 +18,8 @@ from ..elastic import dial_of, load_elastic
 from ..engine import Engine, Generation
 from ..engine.identity import ENGINE, machine_of
 from ..errors import PrismError
+from ..offload import load_offloaded
+from ..offload.load import manager_of
 from ..scheduling import POLICIES, CostModel, Limits, Request
 from ..scheduling.cost_file import load_cost_model
 from ..scheduling.step_load import TERMS
@@ -37,6 +39,7 @@ class EngineOptions:
         max_prefill: prompt tokens of one step.
         k_min: floor of requests that name none; None: full budget.
         hopeless: what becomes of requests whose objectives no budget can meet: "serve" at the floor, or "refuse".
+        memory: bytes of the whole process, for a packed checkpoint; None: the model is in memory.
     """
 
     policy: str = "continuous"
@@ -45,6 +48,7 @@ class EngineOptions:
     max_prefill: int = 256
     k_min: int | None = None
     hopeless: Literal["serve", "refuse"] = "serve"
+    memory: int | None = None
 
     def limits(self, full_budget: int) -> Limits:
         """Checked against the checkpoint; raises PrismError for impossible values."""
@@ -65,7 +69,7 @@ def load(
     """Load weights and build the engine, warmed up.
 
     Args:
-        path: an elastic checkpoint.
+        path: an elastic checkpoint, or with ``memory`` a packed one.
         tokenizer: of transformers.
         name: what clients call the model.
         options: see ``EngineOptions``.
@@ -77,8 +81,16 @@ def load(
     """
     checkpoint = open_checkpoint(path, verify=False)
     limits = options.limits(checkpoint.elastic.full_budget)
-    model = load_elastic(path, dtype=dtype, verify=verify)
-    policy = POLICIES.get(options.policy)(cost_model(checkpoint, machine_of(model)))
+    if options.memory is None:
+        model = load_elastic(path, dtype=dtype, verify=verify)
+    else:
+        model = load_offloaded(path, options.memory, dtype=dtype, context=options.memory_tokens, verify=verify)
+    if options.memory is None:
+        cost = cost_model(checkpoint, machine_of(model))
+    else:  # a step's time depends on what was cached: no sum of its tokens' terms tells it
+        logger.warning("%s is offloaded: load and objectives will not move budgets", path)
+        cost = _free(checkpoint)
+    policy = POLICIES.get(options.policy)(cost)
     engine = Engine(model, policy, limits, hopeless=options.hopeless)
     config: Any = model.config.get_text_config()
     served = ServedModel(
@@ -92,6 +104,7 @@ def load(
         created=int(time.time()),
         points=checkpoint.operating_points(),
         named=dict(dial_of(model).points),
+        blocks=None if options.memory is None else manager_of(model).statistics,
     )
     warm_up(engine)
     return served, engine
@@ -109,6 +122,10 @@ def cost_model(checkpoint: ElasticCheckpoint, machine: str) -> CostModel:
         "%s has no cost model: load and objectives will not move budgets. Measure one with `moe-prism profile-cost`",
         checkpoint.path,
     )
+    return _free(checkpoint)
+
+
+def _free(checkpoint: ElasticCheckpoint) -> CostModel:
     elastic = checkpoint.elastic
     coefficients = tuple(1e-9 for _ in TERMS)
     return CostModel(coefficients, elastic.full_budget, elastic.num_experts * elastic.num_sub_experts)

@@ -5,12 +5,16 @@ Names that vLLM has too mean the same here, with the prefix ``moe_prism:``. Know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
+from ..offload import Statistics
 from ..scheduling import Request
 
 PREFIX = "moe_prism:"
@@ -36,6 +40,31 @@ class Track:
     last: float = 0.0
     tokens: int = 0
     work: int = 0
+
+
+class _Blocks(Collector):
+    """The counts of an offloaded model as metrics."""
+
+    def __init__(self, model: str, counted: Callable[[], Statistics]) -> None:
+        self._model, self._counted = model, counted
+
+    def collect(self) -> Iterator[Metric]:
+        """One family a count."""
+        now = self._counted()
+        for name, text, value in (
+            ("offload_hits", "Required blocks that were in memory.", now.hits),
+            ("offload_misses", "Required blocks that were not.", now.misses),
+            ("offload_read_bytes", "Bytes read from the block file.", now.bytes_read),
+            ("offload_stall_seconds", "Time that layers waited for blocks.", now.stall_seconds),
+            ("offload_predicted", "Blocks predicted for a next layer.", now.predicted),
+            ("offload_predicted_right", "Those of them that it required.", now.predicted_right),
+            ("offload_read_ahead", "Blocks whose reading ahead began.", now.ahead),
+            ("offload_read_ahead_right", "Those of them that were required.", now.ahead_right),
+            ("offload_cancelled", "Reads ahead that were ended because the block was not required.", now.cancelled),
+        ):
+            family = CounterMetricFamily(PREFIX + name, text, labels=("model_name",))
+            family.add_metric((self._model,), value)
+            yield family
 
 
 def budget_buckets(full_budget: int) -> list[int]:
@@ -101,6 +130,10 @@ class Metrics:
         self._running.set_function(running)
         self._waiting.set_function(waiting)
         self._cache.set_function(cache)
+
+    def watch_blocks(self, counted: Callable[[], Statistics]) -> None:
+        """Where an offloaded model's counts are read from, at every scrape."""
+        self._registry.register(_Blocks(self._model, counted))
 
     def arrived(self, prompt_tokens: int) -> None:
         """A generation was accepted."""

@@ -13,7 +13,7 @@ import torch
 from making import WORDS, save_stock
 from safetensors.torch import load_file
 
-COMMANDS = ("refactor", "sweep", "generate", "inspect", "restore", "demo", "simulate", "profile-cost")
+COMMANDS = ("refactor", "sweep", "generate", "inspect", "restore", "pack", "plan", "demo", "simulate", "profile-cost")
 SMALL = "num_sub_experts: 4\nsolver: greedy\ngate: static\ncalibration_tokens: 512\ncontext: 32\n"
 
 
@@ -72,6 +72,22 @@ def test_generate_streams_at_a_budget(made) -> None:
     low = run("generate", made / "elastic", "--prompt", "the sea", "--max-new-tokens", 8, "--k-active", 1)
     assert low.returncode == 0
     assert low.stdout != full.stdout
+
+
+def test_a_packed_checkpoint_generates_the_same_within_a_memory_and_a_time(made, tmp_path) -> None:
+    packed, prompt = tmp_path / "packed", ("--prompt", "the sea", "--max-new-tokens", 8)
+    assert run("pack", made / "elastic", packed).returncode == 0
+    full = run("generate", made / "elastic", *prompt)
+    within = run("generate", packed, *prompt, "--memory", "6GB")
+    assert within.stdout == full.stdout, within.stderr
+    assert "found in memory" in within.stderr
+    timed = run("generate", packed, *prompt, "--memory", "6GB", "--tpot-ms", 0.001, "--k-min", 2)
+    assert timed.returncode == 0
+    assert "mean budget" in timed.stderr
+    planned = run("plan", packed, "--memory", "6GB", "--text", made / "text.txt", "--tokens", 64, "--budgets", "4,16")
+    assert planned.returncode == 0, planned.stderr
+    assert "64 of 64 blocks fit" in planned.stdout
+    assert "not measured" in planned.stdout
 
 
 def test_sweep_prints_writes_json_and_completes_the_checkpoint(made, tmp_path) -> None:
@@ -215,6 +231,8 @@ def bad_calls(made: Path, tmp_path: Path) -> dict[str, tuple[tuple[object, ...],
         "recipe": (("refactor", made / "stock", tmp_path / "o", "--recipe", made / "text.txt"), "mapping"),
         "budgets": (("sweep", made / "elastic", "--budgets", "4,x"), "4,x"),
         "budget 99": (("sweep", made / "elastic", "--budgets", "99", "--text", made / "text.txt"), "99"),
+        "no memory": (("generate", made / "elastic", "--prompt", "a", "--tpot-ms", 5), "needs --memory"),
+        "not packed": (("plan", made / "elastic", "--memory", "4GB", "--text", made / "text.txt"), "moe-prism pack"),
         "prompt": (("generate", made / "elastic", "--prompt", ""), "prompt is empty"),
         "demo": (("demo", "--model", tmp_path), "no model at"),
         "no cost model": (("simulate", made / "elastic"), "moe-prism profile-cost"),
@@ -227,6 +245,7 @@ def bad_calls(made: Path, tmp_path: Path) -> dict[str, tuple[tuple[object, ...],
     "name",
     [
         *("budget", "stock", "no directory", "future", "taken", "divides"),
+        *("no memory", "not packed"),
         *("recipe", "budgets", "budget 99", "prompt", "demo"),
         *("no cost model", "loads", "floors"),
     ],

@@ -104,10 +104,11 @@ def test_what_a_token_wants_is_the_count_of_its_relative_scores(weighted: bool) 
         assert got.tolist() == [int(counts[t])]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory):
+@pytest.fixture(scope="module", params=[0, 4], ids=["gate-first", "ladder"])
+def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest):
     changes = {"token_budgets": "shared", "layer_budgets": "measured", "neurons": "gate-first", "solver": "importance"}
-    made = elastic_model("olmoe", tmp_path_factory.mktemp("shared"), compensation_budgets=2, **changes)
+    changes |= {"shadow_bits": request.param, "compensation_budgets": 2}
+    made = elastic_model("olmoe", tmp_path_factory.mktemp("shared"), **changes)
     dial_of(made).sharing = Sharing([1.0] * 16, 2)  # whatever was best on random weights
     return made
 

@@ -11,6 +11,7 @@ from moe_prism.elastic import budget, full_budget
 from moe_prism.errors import CheckpointError, PrismError
 from moe_prism.offload import load_offloaded
 from moe_prism.offload.block_file import BlockFile
+from moe_prism.offload.deadline import set_deadline
 from moe_prism.offload.load import attach_blocks, load_resident, manager_of
 
 FAMILIES = ("olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe")
@@ -33,7 +34,7 @@ def test_offloaded_equals_the_model_in_memory_at_every_budget(family: str, tmp_p
     manager.close()
 
 
-@pytest.mark.parametrize("rule", ["lru", "lfu-decay", "gate-aware"])
+@pytest.mark.parametrize("rule", ["lru", "lfu-decay", "gate-aware", "frequent-recent"])
 def test_results_do_not_depend_on_what_is_cached(rule: str, tmp_path) -> None:
     made = packed("olmoe", tmp_path)
     found = []
@@ -59,13 +60,52 @@ def test_skipped_neurons_and_compensation_are_those_of_the_model_in_memory(tmp_p
     manager.close()
 
 
+def test_a_prompt_reads_every_block_once(tmp_path) -> None:
+    made = packed("olmoe", tmp_path)
+    model, _ = load_resident(made.packed, "auto")
+    manager = attach_blocks(model, BlockFile(made.packed / "blocks"), 16, read_ahead=False)
+    read: list[int] = []
+    fill = manager._fill
+    manager._fill = lambda block, slot: read.append(block) or fill(block, slot)  # type: ignore[method-assign]
+    logits(model, batch=4, length=64)
+    assert len(read) == len(set(read))
+    assert len(read) > 16  # more than fit at once
+    manager.close()
+
+
+def test_without_time_the_floor_runs_and_with_time_the_budget(tmp_path) -> None:
+    made = packed("olmoe", tmp_path)
+    original = load_elastic(made.elastic, executor="reference", fast_linear=False)
+    model, _ = load_resident(made.packed, "auto")
+    manager = attach_blocks(model, BlockFile(made.packed / "blocks"), 16, read_ahead=False)
+    one = tokens(1, 1)
+    for milliseconds, budgets in ((1e9, (12, 12)), (1e-6, (3, 12))):
+        pace = set_deadline(model, milliseconds, k_min=3)
+        assert pace is not None
+        with budget(model, 12), budget(original, 12), torch.no_grad():
+            model(one)  # of the first token nothing is known
+            pace.ran = pace.places = 0
+            found = model(one).logits
+            if milliseconds > 1:
+                assert (found - original(one).logits).abs().max() < 1e-4
+        assert budgets[0] <= pace.mean_budget <= budgets[1]
+    set_deadline(model, None)
+    with budget(model, 5), budget(original, 5), torch.no_grad():
+        assert (model(one).logits - original(one).logits).abs().max() < 1e-4
+    with pytest.raises(PrismError, match="tpot_ms must be above 0"):
+        set_deadline(model, 0.0)
+    with pytest.raises(PrismError, match="k_active must be"):
+        set_deadline(model, 10.0, k_min=99)
+    manager.close()
+
+
 def test_memory_that_is_too_small_names_what_would_do(tmp_path) -> None:
     made = packed("olmoe", tmp_path)
     with pytest.raises(PrismError, match=r"a memory of 0\.10 GB is too small.*it takes \d\.\d\d GB.*raise --memory"):
         load_offloaded(made.packed, 100_000_000)
     model = load_offloaded(made.packed, 8_000_000_000)
     manager = manager_of(model)
-    assert manager.cache.slots == manager.file.layout.blocks  # never more places than blocks
+    assert manager.cache.slots == manager.layout.blocks  # never more places than blocks
     with pytest.raises(PrismError, match="the model is in memory"):
         manager_of(load_elastic(made.elastic))
     manager.close()

@@ -13,15 +13,20 @@ from moe_prism.errors import CheckpointError, PrismError
 from moe_prism.offload.block_file import BlockFile
 from moe_prism.offload.eviction import EVICTION, Belady, LeastRecentlyUsed
 from moe_prism.offload.manager import Manager
+from moe_prism.offload.tiers import MemoryTier
+
+RULES = ["lru", "lfu-decay", "gate-aware", "frequent-recent"]
 
 
 def take(manager: Manager, blocks: list[int]) -> dict[int, bytes]:
     """Run a step; what every block held when it was ready."""
-    stride, found = manager.file.layout.stride, {}
+    stride, found = manager.layout.stride, {}
     with manager.step(blocks, [1.0] * len(blocks)) as step:
         for batch in step:
             for ready in batch:
-                rows = manager.rows()[ready.slot * manager.rows_per_slot : (ready.slot + 1) * manager.rows_per_slot]
+                rows = manager.tier.rows()[
+                    ready.slot * manager.tier.rows_per_slot : (ready.slot + 1) * manager.tier.rows_per_slot
+                ]
                 found[blocks[ready.position]] = rows.tobytes()
                 assert len(rows.tobytes()) == stride
     return found
@@ -32,9 +37,9 @@ def take(manager: Manager, blocks: list[int]) -> dict[int, bytes]:
 def test_every_step_gets_its_blocks_whatever_was_cached_or_read_ahead(tmp_path_factory, data) -> None:
     path = tmp_path_factory.mktemp("blocks") / "blocks"
     layout = block_file(path)
-    rule = data.draw(st.sampled_from(["lru", "lfu-decay", "gate-aware"]))
+    rule = data.draw(st.sampled_from(RULES))
     slots, readers = data.draw(st.integers(2, 10)), data.draw(st.integers(1, 4))
-    with Manager(BlockFile(path), slots, EVICTION.create(rule), readers) as manager:
+    with Manager(MemoryTier(BlockFile(path), slots), EVICTION.create(rule), readers) as manager:
         required = 0
         for _ in range(data.draw(st.integers(1, 12))):
             layer = data.draw(st.integers(0, 1)) * layout.per_layer
@@ -48,14 +53,14 @@ def test_every_step_gets_its_blocks_whatever_was_cached_or_read_ahead(tmp_path_f
             assert len(set(manager.cache.place.values())) == len(manager.cache.place) <= slots
         counted = manager.statistics
         assert counted.hits + counted.misses == required
-        assert counted.bytes_read == counted.blocks_read * layout.stride
+        assert counted.bytes_read == (counted.blocks_read + counted.cancelled) * layout.stride
         assert 0 <= counted.precision <= 1
         assert 0 <= counted.recall <= 1
 
 
 def test_a_block_in_use_is_never_evicted(tmp_path) -> None:
     layout = block_file(tmp_path / "blocks")
-    with Manager(BlockFile(tmp_path / "blocks"), 2, LeastRecentlyUsed()) as manager:
+    with Manager(MemoryTier(BlockFile(tmp_path / "blocks"), 2), LeastRecentlyUsed()) as manager:
         with manager.step([0, 1], [1.0, 1.0]) as step:
             batch = next(iter(step))
             manager.read_ahead(range(layout.per_layer, layout.per_layer + 4))
@@ -87,7 +92,7 @@ def test_belady_never_misses_more_than_any_other_rule() -> None:
         cache = BlockCache(2, Belady(trace))
         misses = 0
         for block in trace:
-            cache.rule.used(block, 1.0)
+            cache.rule.used(np.array([block]), np.ones(1), 0.0)
             if not cache.ready(block):
                 misses += 1
                 assert cache.admit(block) is not None
@@ -97,7 +102,7 @@ def test_belady_never_misses_more_than_any_other_rule() -> None:
 
 def test_reads_ahead_are_counted_and_those_nobody_needs_are_forgotten(tmp_path) -> None:
     block_file(tmp_path / "blocks")
-    with Manager(BlockFile(tmp_path / "blocks"), 6, LeastRecentlyUsed()) as manager:
+    with Manager(MemoryTier(BlockFile(tmp_path / "blocks"), 6), LeastRecentlyUsed()) as manager:
         manager.read_ahead([0, 1, 2])
         while manager.statistics.blocks_read < 3:
             time.sleep(0.001)
@@ -108,6 +113,64 @@ def test_reads_ahead_are_counted_and_those_nobody_needs_are_forgotten(tmp_path) 
         assert counted.precision == pytest.approx(2 / 3)
 
 
+class Slow(BlockFile):
+    """Waits in the middle of every block until it is told to go on."""
+
+    def __init__(self, path) -> None:
+        super().__init__(path)
+        self.go = threading.Event()
+
+    def _read(self, block, into, go_on) -> bool:
+        def wait(count: int) -> bool:
+            self.go.wait(10)
+            return go_on(count)
+
+        return super()._read(block, into, wait)
+
+
+def test_a_read_ahead_that_turns_out_wrong_is_ended_and_one_that_is_required_after_all_is_not(tmp_path) -> None:
+    layout = block_file(tmp_path / "blocks")
+    file = Slow(tmp_path / "blocks")
+    with Manager(MemoryTier(file, 8), LeastRecentlyUsed(), readers=2) as manager:
+        manager.read_ahead([0, 1])
+        while len(manager.cache.place) < 2:
+            time.sleep(0.001)
+        step = manager.step([1, 2], [1.0, 1.0])
+        file.go.set()
+        with step:
+            assert sum(len(batch) for batch in step) == 2
+        counted = manager.statistics
+        assert (counted.ahead, counted.ahead_right, counted.cancelled) == (2, 1, 1)
+        assert 0 not in manager.cache.place
+        assert not manager.cache.promised
+        assert take(manager, [0])[0] == content(tmp_path / "blocks", layout, 0)
+
+
+def test_guesses_that_are_always_wrong_are_given_up_and_tried_again_now_and_then(tmp_path) -> None:
+    layout = block_file(tmp_path / "blocks")
+    with Manager(MemoryTier(BlockFile(tmp_path / "blocks"), 3), LeastRecentlyUsed()) as manager:
+        for number in range(100):
+            take(manager, [0])
+            manager.read_ahead([layout.per_layer + 1 + number % 6])
+            time.sleep(0.001)
+            take(manager, [layout.per_layer])
+        assert 0 < manager.statistics.ahead < 40
+        assert manager.statistics.predicted == 100
+
+
+def test_what_was_read_ahead_does_not_make_room_for_other_reads_ahead(tmp_path) -> None:
+    layout = block_file(tmp_path / "blocks", experts=8)
+    with Manager(MemoryTier(BlockFile(tmp_path / "blocks"), 4), LeastRecentlyUsed(), readers=1) as manager:
+        take(manager, [0, 1])
+        manager.read_ahead(range(layout.per_layer, layout.per_layer + 8))
+        while len(manager.cache.promised) < 4:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        first = set(range(layout.per_layer, layout.per_layer + 4))
+        assert set(manager.cache.place) == first
+        assert take(manager, [4]).keys() == {4}  # somebody waits: now one of them goes
+
+
 class Faulty(BlockFile):
     """Fails to read given blocks, a given number of times."""
 
@@ -115,11 +178,11 @@ class Faulty(BlockFile):
         super().__init__(path)
         self.failures = failures
 
-    def _read(self, block: int, into: memoryview) -> None:
+    def _read(self, block, into, go_on) -> bool:
         if self.failures.get(block, 0) > 0:
             self.failures[block] -= 1
             raise OSError("injected")
-        super()._read(block, into)
+        return super()._read(block, into, go_on)
 
 
 @pytest.mark.parametrize("block", range(16))
@@ -128,9 +191,9 @@ def test_a_failed_read_is_repeated_once_then_raised_and_the_manager_goes_on(bloc
     layout = block_file(path)
     layer = block // layout.per_layer * layout.per_layer
     wanted = list(range(layer, layer + layout.per_layer))
-    with Manager(Faulty(path, {block: 1}), 8, LeastRecentlyUsed()) as manager:
+    with Manager(MemoryTier(Faulty(path, {block: 1}), 8), LeastRecentlyUsed()) as manager:
         assert take(manager, wanted)[block] == content(path, layout, block)
-    with Manager(Faulty(path, {block: 2}), 8, LeastRecentlyUsed()) as manager:
+    with Manager(MemoryTier(Faulty(path, {block: 2}), 8), LeastRecentlyUsed()) as manager:
         with pytest.raises(CheckpointError, match=rf"{path} at offset {layout.offset(block)} .*failed twice: injected"):
             take(manager, wanted)
         assert not manager.cache.held
@@ -143,7 +206,7 @@ def test_an_altered_block_is_named_and_never_used(tmp_path) -> None:
     with path.open("r+b") as file:
         file.seek(layout.offset(5) + 7)
         file.write(b"x")
-    with Manager(BlockFile(path), 8, LeastRecentlyUsed()) as manager:
+    with Manager(MemoryTier(BlockFile(path), 8), LeastRecentlyUsed()) as manager:
         with pytest.raises(CheckpointError, match=r"layer0, expert 2, sub-expert 1.*not what was written"):
             take(manager, [4, 5])
         assert take(manager, [4, 6]).keys() == {4, 6}
@@ -152,7 +215,7 @@ def test_an_altered_block_is_named_and_never_used(tmp_path) -> None:
 def test_a_file_truncated_under_a_running_process_is_an_error_not_garbage(tmp_path) -> None:
     path = tmp_path / "blocks"
     layout = block_file(path)
-    with Manager(BlockFile(path), 8, LeastRecentlyUsed()) as manager:
+    with Manager(MemoryTier(BlockFile(path), 8), LeastRecentlyUsed()) as manager:
         take(manager, [0])
         with path.open("r+b") as file:
             file.truncate(layout.offset(9))
@@ -165,7 +228,7 @@ def test_a_file_truncated_under_a_running_process_is_an_error_not_garbage(tmp_pa
 
 def test_an_interrupted_step_lets_go_of_its_blocks(tmp_path) -> None:
     block_file(tmp_path / "blocks")
-    with Manager(BlockFile(tmp_path / "blocks"), 8, LeastRecentlyUsed()) as manager:
+    with Manager(MemoryTier(BlockFile(tmp_path / "blocks"), 8), LeastRecentlyUsed()) as manager:
 
         def interrupted() -> None:
             with manager.step([0, 1, 2], [1.0] * 3) as step:
@@ -184,7 +247,7 @@ def test_two_managers_share_one_file(tmp_path) -> None:
     results: list[dict[int, bytes]] = []
 
     def work() -> None:
-        with Manager(BlockFile(path), 3, LeastRecentlyUsed()) as manager:
+        with Manager(MemoryTier(BlockFile(path), 3), LeastRecentlyUsed()) as manager:
             for block in list(range(8)) * 3:
                 results.append(take(manager, [block]))
 

@@ -40,7 +40,10 @@ def distance(model: PreTrainedModel, k_active: int, ids: Tensor) -> float:
     return float((full.exp() * (full - ours)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("changes", [GATE_FIRST, PAPER])
+SPREAD = GATE_FIRST | {"token_budgets": "shared", "layer_budgets": "measured"}
+
+
+@pytest.mark.parametrize("changes", [GATE_FIRST, PAPER, SPREAD])
 def test_distillation_brings_budgets_closer_and_leaves_full_budget_alone(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:

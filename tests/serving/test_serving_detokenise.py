@@ -33,7 +33,9 @@ def test_pieces_add_up_to_the_decoded_whole(ids: list[int]) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(HARD + TOKENIZER.encode("the sea and the ship")), max_size=40), st.data())
-def test_it_ends_before_the_first_complete_stop_text_and_never_shows_a_part_of_it(ids: list[int], data: st.DataObject) -> None:
+def test_it_ends_before_the_first_complete_stop_text_and_never_shows_a_part_of_it(
+    ids: list[int], data: st.DataObject
+) -> None:
     whole = decoded(ids)
     inside = st.integers(0, max(0, len(whole) - 1)).flatmap(
         lambda at: st.integers(1, 6).map(lambda n: whole[at : at + n] or "x")

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving_live import NAME, Live, live_server
+from serving_live import NAME, OPTIONS, Live, live_server
 
+from moe_prism.offload import pack_checkpoint
 from moe_prism.scheduling import Request
 from moe_prism.serving.metrics import PREFIX, Metrics, Track, budget_buckets
 
@@ -100,6 +102,20 @@ def test_what_a_server_counts_is_what_its_client_saw(checkpoint: Path) -> None:
     assert found["token_k_active_bucket,6.0"] - found["token_k_active_bucket,5.0"] == 72
     assert found["slo_requests_total,ttft,met"] == found["slo_requests_total,tpot,met"] == 6
     assert found["num_requests_running"] == found["num_requests_waiting"] == found["kv_cache_usage_perc"] == 0
+
+
+def test_an_offloaded_model_is_served_and_its_blocks_are_counted(checkpoint: Path, tmp_path: Path) -> None:
+    pack_checkpoint(checkpoint, tmp_path / "packed")
+    options = replace(OPTIONS, memory=6_000_000_000)
+    ask = {"model": NAME, "prompt": "the sea", "max_tokens": 12, "temperature": 0.0}
+    with live_server(checkpoint) as live:
+        wanted = live.client().completions.create(**ask).choices[0].text
+    with live_server(tmp_path / "packed", options=options) as live:
+        assert live.client().completions.create(**ask).choices[0].text == wanted
+        found = values(httpx2.get(f"{live.url}/metrics").text)
+    assert found["offload_misses_total"] > 0
+    assert found["offload_read_bytes_total"] > 0
+    assert "offload_stall_seconds_total" in found
 
 
 def test_gauges_show_what_runs(server: Live) -> None:

@@ -1,6 +1,7 @@
 """Which executor runs a layer's tokens, if nobody named one.
 
-The crossover was measured with ``make bench-crossovers``. Knows nothing of how executors work.
+The crossovers were measured with ``make bench-crossovers`` and on the models of ``make bench-schedule``. Knows nothing
+of how executors work.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import PrismError
+from ...experts.neurons import num_neurons
 from .base import EXECUTORS, Executor, num_experts
 
 AUTO = "auto"
 What = Literal["experts", "parts", "neurons"]  # runs: whole experts, parts of them, or parts but for some neurons
-
-# Experts that tokens run (parts count as parts) over the experts that there are, from which whole large products
-# beat work in proportion to the selection on a CPU.
-MASKED_FROM: dict[torch.dtype, dict[What, int]] = {
-    torch.float32: {"experts": 128, "parts": 320, "neurons": 64},
-    torch.bfloat16: {"experts": 64, "parts": 32, "neurons": 32},
-}
+# Experts that tokens run (parts count as parts) over the experts that there are, from which whole large products beat
+# work in proportion to the selection on a CPU. Of parts of experts the latter is 1.3 times faster at 128 and level at
+# 192 to 256.
+MASKED_FROM: dict[What, int] = {"experts": 128, "parts": 256, "neurons": 64}
+# The same where neurons are skipped and experts do not fit into a core's cache: every token has rows of its own then,
+# which are read anew for each.
+MASKED_LARGE_NEURONS_FROM = 8
+CACHE_BYTES = 1 << 20
 
 
 def choose_executor(name: str, module: nn.Module, x: Tensor, runs: float, what: What = "parts") -> Executor:
@@ -56,8 +59,11 @@ def choose_executor(name: str, module: nn.Module, x: Tensor, runs: float, what: 
 def _preferred(module: nn.Module, x: Tensor, runs: float, what: What) -> tuple[str, ...]:
     if x.device.type != "cpu":
         return ("grouped",)
-    many = large_products_are_fast(x.dtype) and runs >= MASKED_FROM.get(x.dtype, {}).get(what, 0) * num_experts(module)
-    return ("masked",) if many else ("cpu",)
+    enough = MASKED_FROM[what]
+    if what == "neurons" and 3 * num_neurons(module) * x.shape[1] * x.element_size() > CACHE_BYTES:
+        enough = MASKED_LARGE_NEURONS_FROM
+    many = runs >= enough * num_experts(module)
+    return ("masked",) if many and large_products_are_fast(x.dtype) else ("cpu",)
 
 
 def large_products_are_fast(dtype: torch.dtype) -> bool:

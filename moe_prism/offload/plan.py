@@ -1,0 +1,111 @@
+"""What an offloaded model will do in a memory, before it is used: hit rate and time of a token at every budget.
+
+The hit rate is that of the eviction rule on a recorded trace; times are the measured speeds of the disk and of
+computing from memory. Reading and computing overlap in part: a token takes at least the longer of the two and at most
+their sum. Knows nothing of quality.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from ..elastic import budget
+from ..errors import PrismError
+from .load import RULE, manager_of
+from .trace import record
+
+_SAMPLE = 64  # blocks read to know the disk
+_REPEATS = 5
+
+
+class Expected(NamedTuple):
+    """One operating point.
+
+    Attributes:
+        k_active: budget.
+        hit_rate: share of required blocks that are in memory.
+        read_seconds: of a token, if nothing overlaps.
+        compute_seconds: of a token whose blocks are all in memory.
+    """
+
+    k_active: int
+    hit_rate: float
+    read_seconds: float
+    compute_seconds: float
+
+    @property
+    def least(self) -> float:
+        """Seconds of a token if reading and computing overlap wholly."""
+        return max(self.read_seconds, self.compute_seconds)
+
+    @property
+    def most(self) -> float:
+        """Seconds of a token if nothing overlaps."""
+        return self.read_seconds + self.compute_seconds
+
+
+class MemoryPlan(NamedTuple):
+    """What to expect.
+
+    Attributes:
+        points: by budget.
+        slots: places for blocks.
+        blocks: of the model.
+        bandwidth: of the disk with blocks of this size, bytes per second.
+    """
+
+    points: list[Expected]
+    slots: int
+    blocks: int
+    bandwidth: float
+
+
+@torch.no_grad()
+def plan(model: PreTrainedModel, ids: torch.Tensor, budgets: Sequence[int], rule: str = RULE) -> MemoryPlan:
+    """Record a text, rehearse it at every budget, measure disk and computing.
+
+    Args:
+        model: from ``load_offloaded`` with the memory in question.
+        ids: int64 ``[T]`` of a text like those to come; the first half fills the cache.
+        budgets: to look at.
+        rule: of eviction.
+
+    Raises:
+        PrismError: the text is shorter than 32 tokens.
+    """
+    if len(ids) < 32:
+        raise PrismError(f"a text of 32 tokens or more is needed to see which blocks come again, got {len(ids)}")
+    manager = manager_of(model)
+    trace = record(model, ids)
+    bandwidth = manager.tier.bandwidth(len(manager.readers), _SAMPLE)
+    points = []
+    for k_active in sorted(budgets):
+        misses = trace.misses(k_active, manager.cache.slots, rule)
+        required = k_active * len(trace.blocks)
+        points.append(
+            Expected(
+                k_active,
+                1 - misses / required,
+                misses * manager.layout.stride / bandwidth,
+                _compute_seconds(model, ids, k_active),
+            )
+        )
+    return MemoryPlan(points, manager.cache.slots, manager.layout.blocks, bandwidth)
+
+
+def _compute_seconds(model: PreTrainedModel, ids: torch.Tensor, k_active: int) -> float:
+    """One token again and again, less the time it waited: what it needs is in memory, or its waiting is taken off."""
+    counted, times = manager_of(model).statistics, []
+    with budget(model, k_active):
+        cache = DynamicCache(config=model.config)
+        for _ in range(_REPEATS):
+            begin, stalled = time.perf_counter(), counted.stall_seconds
+            model(ids[None, :1], past_key_values=cache, use_cache=True)
+            times.append(time.perf_counter() - begin - (counted.stall_seconds - stalled))
+    return median(times)

@@ -1,0 +1,197 @@
+"""The experts of one MoE layer in vLLM: at full budget vLLM's own kernel, below it the layer of ``elastic``.
+
+A vLLM quantisation method is what owns an expert layer's weights and runs them, so ours takes the place of the
+unquantised one. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+
+from ..elastic.compensation import Compensation, OutputScale, Recalibration
+from ..elastic.dial import Dial
+from ..elastic.layer import elastic_experts
+from ..elastic.model import attach_layer, check_weights, dial_for
+from ..errors import UnsupportedModelError
+from ..gates import GATES
+from .cpu_kernel import NAME, VirtualExperts, all_sub_experts, fits
+from .setup import SUPPORTED, Setup
+from .stacked import StackedExperts, forget_weights
+
+_DIAL = "_moe_prism_dial"
+_NUMBERS = count()
+# By number, which a compiled graph can hold; it must not keep an engine's weights alive.
+_METHODS: WeakValueDictionary[int, ElasticMethod] = WeakValueDictionary()
+
+
+class _Held(NamedTuple):
+    """Modules that a method runs but does not own: as attributes of its own they would be its children."""
+
+    experts: StackedExperts
+    layer: Any
+
+
+class ElasticMethod(UnquantizedFusedMoEMethod):
+    """Weights of one layer, and what runs them.
+
+    Attributes:
+        name: of the layer in the checkpoint.
+        scale: what vLLM multiplies the layer's output by afterwards.
+    """
+
+    def __init__(self, moe: Any, setup: Setup, dial: Dial, name: str, tensors: dict[str, Tensor], scale: float) -> None:
+        super().__init__(moe)
+        self.name, self.scale = name, scale
+        self._setup, self._dial, self._tensors = setup, dial, tensors
+        self._held: _Held | None = None
+        self._number = setup.elastic.layers.index(name)
+        self._id = next(_NUMBERS)
+        _METHODS[self._id] = self
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Keep what budgets below full need, then let vLLM pack its own."""
+        if self._held is None:
+            self._held = _Held(self._stacked(layer), layer)
+            self._tensors = {}
+        if not self._once:
+            super().process_weights_after_loading(layer)
+            return
+        for name in ("w13_weight", "w2_weight"):
+            getattr(layer, name).data = torch.empty(0, dtype=layer.w2_weight.dtype)
+
+    def _stacked(self, layer: Any) -> StackedExperts:
+        elastic = self._setup.elastic
+        n = elastic.num_sub_experts
+        module = StackedExperts(layer.w13_weight.data.clone(), layer.w2_weight.data.clone())
+        parallel = self.moe.moe_parallel_config
+        if parallel.tp_size == 1:
+            check_weights(module, self.name, self._tensors)
+        if self._dial.executor == NAME:
+            module.virtual = VirtualExperts.of(module.gate_up_proj, module.down_proj, n, self.experts_cls.isa)
+        state = attach_layer(module, self.name, self._dial, elastic, self._tensors)
+        if module.virtual is not None:
+            forget_weights(module, n, getattr(state.gate, "gate_neurons", 0))
+        if parallel.tp_rank:
+            _add_nothing(state.compensation)
+        return module
+
+    @property
+    def _once(self) -> bool:
+        return self._dial.executor == NAME and self._setup.options.save_memory
+
+    def apply(
+        self,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any,
+        shared_experts_input: Tensor | None,
+    ) -> Tensor:
+        """vLLM's own path where everybody is at full budget; a compiled graph decides that when it runs."""
+        if torch.compiler.is_compiling():
+            out: Tensor = torch.ops.moe_prism.vllm_experts(x, topk_weights, topk_ids, self._id)
+            return out
+        return self.run(x, topk_weights, topk_ids)
+
+    def run(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """``[T, H]`` of ``[T, H]`` and the router's ``[T, k]`` weights and ids."""
+        assert self._held is not None  # weights were loaded
+        if self._dial.step(len(x), x.device, self._number) is None:
+            if self._once:
+                virtual: VirtualExperts = self._held.experts.virtual
+                return virtual.run(x, *all_sub_experts(topk_weights, topk_ids, self._setup.elastic.num_sub_experts))
+            own: Tensor = super().apply(self._held.layer, x, topk_weights, topk_ids, None, None)
+            return own
+        # what was fitted was fitted to weights and outputs with the scale in them
+        out = elastic_experts(self._held.experts, x, topk_ids.long(), topk_weights.float() * self.scale)
+        return out if self.scale == 1.0 else out / self.scale
+
+
+@torch.library.custom_op("moe_prism::vllm_experts", mutates_args=())
+def _experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, number: int) -> Tensor:
+    """One opaque call in a compiled graph: budgets are known when it runs, not when it is compiled."""
+    return _METHODS[number].run(x, topk_weights, topk_ids)
+
+
+@_experts.register_fake
+def _(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, number: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def make_elastic(model: nn.Module, setup: Setup) -> Dial:
+    """Give every MoE layer of a model that is being built our method; its weights are loaded afterwards.
+
+    Raises:
+        UnsupportedModelError: the model or its distribution cannot be run elastically.
+    """
+    elastic = setup.elastic
+    runners = {extract_layer_index(m.layer_name): m for m in model.modules() if isinstance(m, MoERunner)}
+    tensors = setup.checkpoint().tensors()
+    dial = dial_for(elastic)
+    if _suits_cpu_kernel(setup):
+        dial.executor = NAME
+    elif setup.options.save_memory:
+        raise UnsupportedModelError(
+            "save_memory is for CPUs and for checkpoints whose budgets run whole sub-experts of "
+            "32 neurons or somewhat fewer than a multiple of it; leave it out"
+        )
+    for name in elastic.layers:
+        runner = runners.get(extract_layer_index(name))
+        if runner is None:
+            continue  # on another pipeline stage
+        experts = runner.routed_experts
+        _refuse(name, runner)
+        own = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        scale = float(runner.routed_scaling_factor)
+        experts._replace_quant_method(ElasticMethod(experts.moe_config, setup, dial, name, own, scale))
+    model.__dict__[_DIAL] = dial
+    return dial
+
+
+def _suits_cpu_kernel(setup: Setup) -> bool:
+    """Whether budgets run on vLLM's kernel; else they run on the executors of ``elastic``, over rows kept for them."""
+    elastic, gate = setup.elastic, GATES.get(setup.elastic.gate)
+    whole = elastic.scan is None and elastic.ladder is None
+    rows = gate.reads_weights and not gate.reads_neurons
+    return current_platform.is_cpu() and whole and not rows and fits(elastic.num_neurons, elastic.num_sub_experts)
+
+
+def dial_of_model(model: nn.Module) -> Dial:
+    """The dial of a model that ``make_elastic`` saw."""
+    dial = model.__dict__.get(_DIAL)
+    if not isinstance(dial, Dial):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not served elastically by this plugin; supported: {', '.join(SUPPORTED)}"
+        )
+    return dial
+
+
+def _refuse(name: str, runner: Any) -> None:
+    experts = runner.routed_experts
+    if type(experts.quant_method) is not UnquantizedFusedMoEMethod:
+        raise UnsupportedModelError(f"{name}: quantised experts have no budgets yet; leave --quantization out")
+    if experts.activation is not MoEActivation.SILU or runner.moe_config.has_bias:
+        raise UnsupportedModelError(
+            f"{name}: only experts that are silu(gate) * up without biases have budgets in vLLM; serve this checkpoint "
+            "with `moe-prism serve`"
+        )
+
+
+def _add_nothing(compensation: Recalibration | None) -> None:
+    """What is added to the output of a layer is added by the first rank alone; the others' outputs are added to it."""
+    if isinstance(compensation, Compensation):
+        compensation.vectors = torch.zeros_like(compensation.vectors)
+    elif isinstance(compensation, OutputScale):
+        compensation.vectors = compensation.vectors.clone()
+        compensation.vectors[:, 1] = 0

@@ -1,0 +1,90 @@
+"""Every family and every kind of recipe in vLLM's engine, against transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these tests")
+
+from vllm_live import ELASTIC, Reference, engine, generate, logprobs_of, made, tokens_of
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
+OTHERS = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
+RECIPES: dict[str, dict[str, Any]] = {
+    "proxy": {"gate": "proxy"},
+    "linear": {"gate": "linear"},
+    "probe": {"gate": "probe"},
+    "compensated": {"compensation_budgets": 3},
+    "scaled": {"compensation_budgets": 3, "recalibration": "scale"},
+    "renormalised": {"recalibration": "renormalise"},
+    "gate-first": {"solver": "importance", "neurons": "gate-first", "compensation_budgets": 3},
+    "ladder": {"solver": "importance", "neurons": "gate-first", "shadow_bits": 4},
+    "uneven layers": {"layer_budgets": "measured"},
+    "narrow sub-experts": {"num_sub_experts": 16},
+}
+
+
+def agrees(path: Path, llm: Any, budgets: tuple[int, ...]) -> None:
+    reference = Reference(path)
+    outputs = generate(llm, [{"k_active": k} for k in budgets])
+    for k_active, output in zip(budgets, outputs, strict=True):
+        tokens, logprobs = reference.greedy(k_active)
+        assert tokens_of([output]) == [tokens], k_active
+        torch.testing.assert_close(logprobs_of(output), logprobs, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_family_gives_what_transformers_gives(family: str, tmp_path: Path) -> None:
+    path = made(tmp_path, family, compensation_budgets=2, recalibration="scale")
+    full = Reference(path).model.config.num_experts_per_tok * 4
+    with engine(path, **ELASTIC) as llm:
+        agrees(path, llm, (1, full // 2, full))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_gives_what_transformers_gives(recipe: str, tmp_path: Path) -> None:
+    path = made(tmp_path, **RECIPES[recipe])
+    full = 4 * RECIPES[recipe].get("num_sub_experts", 4)
+    with engine(path, **ELASTIC) as llm:
+        agrees(path, llm, (1, full // 2, full))
+
+
+def test_experts_kept_once_give_the_same(tmp_path: Path) -> None:
+    path = made(tmp_path)
+    with engine(path, **ELASTIC, additional_config={"moe_prism": {"save_memory": True}}) as llm:
+        agrees(path, llm, (1, 9, 16))
+
+
+@pytest.mark.parametrize("budgets", [(1, 9, 16), (16, 16, 16)])
+def test_compiled_graphs_give_the_same(budgets: tuple[int, ...], tmp_path: Path) -> None:
+    path = made(tmp_path)
+    with engine(path, enforce_eager=False, **ELASTIC) as llm:
+        agrees(path, llm, budgets)
+
+
+@pytest.mark.parametrize("recalibration", ["mean", "scale", "renormalise"])
+def test_two_tensor_parallel_processes_give_the_same(recalibration: str, tmp_path: Path) -> None:
+    fitted = 0 if recalibration == "renormalise" else 3
+    path = made(tmp_path, recalibration=recalibration, compensation_budgets=fitted)
+    with engine(path, tensor_parallel_size=2, **ELASTIC) as llm:
+        agrees(path, llm, (1, 9, 16))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"gate": "proxy"}, "reads the experts' weights"),
+        ({"solver": "importance", "neurons": "gate-first"}, "chooses neurons"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(recipe: dict[str, Any], words: str, tmp_path: Path) -> None:
+    path = made(tmp_path, **recipe)
+    with (
+        pytest.raises(Exception, match=words),
+        engine(path, tensor_parallel_size=2, distributed_executor_backend="mp", **ELASTIC),
+    ):
+        pass

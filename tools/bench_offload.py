@@ -1,0 +1,263 @@
+"""Time a model larger than memory: moe-prism's offloading, whole-expert LRU, accelerate's disk offload.
+
+    python tools/bench_offload.py --checkpoint build/bench/reference --text TEXT
+
+The model has OLMoE-1B-7B's shape and random weights, 14 GB in bf16. Its routing is recorded from the bundled model
+(``offload_bench/routing.py`` says how) or drawn uniformly, which is the worst case. Every engine runs in a process of
+its own, with a memory budget for all of it, on a cold page cache: blocks are read with O_DIRECT, and the bytes that
+the process has had read from the disk are in the result. The cache begins as --warmup tokens of the routing leave it.
+
+The peers: "whole-expert LRU" is the same code with whole experts (N = 1), LRU and no read-ahead, the paper's baseline
+without sub-experts; "lru" is sub-experts with LRU and no read-ahead, the paper's manager. Files stay in --work for the
+next run (40 GB with accelerate's; delete them to have them written again); the result goes to --out, after every
+engine, and a run that was interrupted goes on with --resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from offload_bench.job import Job
+
+from moe_prism.checkpoint.atomic import replace_file
+from moe_prism.evaluation.environment import versions
+
+TOOLS = Path(__file__).resolve().parent
+OURS, WITHOUT, LRU, WHOLE, ACCELERATE = (
+    "moe-prism",
+    "moe-prism without read-ahead",
+    "lru",
+    "whole-expert LRU",
+    "accelerate",
+)
+RULE = "frequent-recent"
+FULL = 32
+# Budget of the long run, in which memory must not grow.
+SOAK = 8
+FIELDS = (
+    "engine",
+    "memory_gb",
+    "routing",
+    "k_active",
+    "ms_per_token",
+    "hit_rate",
+    "stall_ms",
+    "read_gbs",
+    "raw_read_gbs",
+    "peak_rss_gb",
+)
+
+
+def jobs(args: argparse.Namespace) -> list[tuple[str, str, Job]]:
+    """(engine, routing, job), those to be compared next to each other."""
+    found = []
+    for routing in args.routing:
+        for memory in args.memory:
+            for k_active in args.k_active:
+                job = job_of(args, routing, memory, k_active)
+                whole = str(args.work / f"olmoe-{args.layers}-layers-n1")
+                variants = {
+                    OURS: job,
+                    WITHOUT: replace(job, read_ahead=False),
+                    LRU: replace(job, rule="lru", read_ahead=False),
+                    WHOLE: replace(job, model=whole, rule="lru", read_ahead=False, k_active=k_active // 4),
+                    ACCELERATE: replace(
+                        job,
+                        model=str(args.work / f"olmoe-{args.layers}-layers-accelerate"),
+                        k_active=k_active // 4,
+                        tokens=2,
+                        options={"packed": whole},
+                    ),
+                }
+                found += [(name, routing, replace(variants[name], engine=name)) for name in args.engines]
+    if args.soak and OURS in args.engines:
+        found.append((OURS, "local", replace(job_of(args, "local", args.memory[-1], SOAK), tokens=args.soak)))
+    return found
+
+
+def job_of(args: argparse.Namespace, routing: str, memory: float, k_active: int) -> Job:
+    """Ours under some conditions."""
+    return Job(
+        engine=OURS,
+        model=str(args.work / f"olmoe-{args.layers}-layers-n4"),
+        memory=int(memory * 1e9),
+        routing=str(args.work / f"routing-{routing}.npz"),
+        k_active=k_active,
+        tokens=args.tokens,
+        warmup=args.warmup,
+        rule=RULE,
+        read_ahead=True,
+        readers=args.readers,
+        threads=args.threads,
+    )
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Write routing and models unless they are there."""
+    import torch
+    from offload_bench.routing import Routing, record, uniform
+
+    torch.set_num_threads(args.threads)
+    local = args.work / "routing-local.npz"
+    if not local.exists():
+        print("recording the routing", file=sys.stderr)
+        record(Path("models/reference"), args.checkpoint, args.text, args.layers, 1024, args.seed).save(local)
+    routing = Routing.load(local)
+    if len(routing.index) != args.layers:
+        sys.exit(f"{local} has {len(routing.index)} layers, not {args.layers}; delete it")
+    uniform(routing, args.seed + 1).save(args.work / "routing-uniform.npz")
+    from offload_bench.packed import write_packed
+
+    importance = torch.from_numpy(routing.importance)
+    for parts in (4, 1):
+        out = args.work / f"olmoe-{args.layers}-layers-n{parts}"
+        if not out.exists():
+            print(f"writing {out}", file=sys.stderr)
+
+            def tell(done: int, total: int) -> None:
+                if done % 256 == 0:
+                    print(f"  {done} of {total} blocks", file=sys.stderr)
+
+            write_packed(out, args.layers, parts, importance, args.seed, tell)
+    out = args.work / f"olmoe-{args.layers}-layers-accelerate"
+    if ACCELERATE in args.engines and not out.exists():
+        from offload_bench.accelerate_peer import write_files
+
+        print(f"writing {out}", file=sys.stderr)
+        write_files(args.work / f"olmoe-{args.layers}-layers-n1", out)
+
+
+def run(job: Job, work: Path) -> dict[str, Any]:
+    """One process; raises RuntimeError with the end of what it printed."""
+    module = "offload_bench.accelerate_peer" if job.engine == ACCELERATE else "offload_bench.ours"
+    job_file, result, log = (work / f"job.{end}" for end in ("json", "result.json", "log"))
+    job_file.write_text(json.dumps(asdict(job)))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TOOLS), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": str(job.threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with log.open("wb") as stream:
+        code = subprocess.run(
+            [sys.executable, "-m", module, str(job_file), str(result)],
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        ).returncode
+    if code:
+        tail = " / ".join(log.read_text(errors="replace").splitlines()[-3:])
+        raise RuntimeError(f"{job.engine} ended with status {code}: {tail} (all of it: {log})")
+    measured: dict[str, Any] = json.loads(result.read_text())
+    return measured
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Markdown, one row a run, with the time over that of whole-expert LRU under the same conditions."""
+    lines = [
+        "| routing | memory GB | budget of 32 | engine | ms a token | of whole-expert LRU | hit rate | stall ms | "
+        "GB/s stalled (raw) | MB a token | read ahead right | peak RSS GB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    base = {(r["routing"], r["memory_gb"], r["k_active"]): r["ms_per_token"] for r in runs if r["engine"] == WHOLE}
+    for run in runs:
+        whole = base.get((run["routing"], run["memory_gb"], run["k_active"]))
+        ours = run["engine"] != ACCELERATE
+        cells = [
+            run["routing"],
+            f"{run['memory_gb']:g}",
+            str(run["k_active"]),
+            run["engine"],
+            f"{run['ms_per_token']:,.0f}",
+            f"{run['ms_per_token'] / whole:.2f}" if whole else "",
+            f"{run['hit_rate']:.3f}" if ours else "",
+            f"{run['stall_ms']:,.0f}" if ours else "",
+            f"{run['read_gbs']:.2f} ({run['raw_read_gbs']:.2f})" if ours else "",
+            f"{run['disk_mb_per_token']:,.0f}",
+            f"{run['ahead_precision']:.2f}" if ours and run["ahead_per_token"] else "",
+            f"{run['peak_rss_gb']:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    everything = [OURS, WITHOUT, LRU, WHOLE, ACCELERATE]
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the bundled model refactored by reference.yaml")
+    parser.add_argument("--text", type=Path, required=True, help="what it reads while its routing is recorded")
+    parser.add_argument("--layers", type=int, default=16, help="0.8 GB each, in three forms (%(default)s)")
+    parser.add_argument("--memory", type=float, nargs="+", default=[4.0, 8.0], help="GB (4 8)")
+    parser.add_argument("--k-active", type=int, nargs="+", default=[FULL // 2, FULL], help="multiples of 4 (16 32)")
+    parser.add_argument("--routing", nargs="+", choices=["local", "uniform"], default=["local", "uniform"], help="both")
+    parser.add_argument("--engines", nargs="+", choices=everything, default=everything, help="all")
+    parser.add_argument("--tokens", type=int, default=24, help="timed tokens (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=300, help="tokens before them that fill the cache (%(default)s)")
+    parser.add_argument("--soak", type=int, default=1000, help=f"tokens of a long run at budget {SOAK}; 0: none")
+    parser.add_argument("--readers", type=int, default=3, help="threads that read (%(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="threads that compute (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="keep the runs that --out has already")
+    parser.add_argument("--work", type=Path, default=Path("build/bench/offload"), help="%(default)s")
+    parser.add_argument("--out", type=Path, default=Path("build/bench/offload.json"), help="%(default)s")
+    args = parser.parse_args(argv)
+    bad = [k for k in args.k_active if k % 4 or not 4 <= k <= FULL]
+    if bad:
+        parser.error(f"--k-active must be multiples of 4 from 4 to {FULL}, got {bad[0]}")
+    if not 1 <= args.tokens + args.warmup <= 1000:
+        parser.error(f"--tokens and --warmup must add up to 1 .. 1000, got {args.tokens + args.warmup}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prepare, measure every engine, write the result after each."""
+    args = parse(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    forms = [f"olmoe-{args.layers}-layers-{form}" for form in ("n4", "n1", "accelerate")]
+    missing = sum(not (args.work / form).exists() for form in forms)
+    need = missing * args.layers * 0.81e9 + 1e9
+    if shutil.disk_usage(args.work).free < need:
+        sys.exit(f"{args.work} needs {need / 1e9:.0f} GB of free disk; take fewer --layers and less --memory")
+    prepare(args)
+    record: dict[str, Any] = {"runs": []}
+    if args.resume and args.out.exists():
+        record = json.loads(args.out.read_text())
+    keys = ("engine", "routing", "memory_gb", "k_active")
+    known = {tuple(run[key] for key in keys) for run in record["runs"]}
+    words = shlex.join(sys.argv[1:] if argv is None else argv)
+    for engine, routing, job in jobs(args):
+        whole = engine in (WHOLE, ACCELERATE)
+        about = {
+            "engine": engine,
+            "memory_gb": job.memory / 1e9,
+            "routing": routing,
+            "k_active": job.k_active * 4 if whole else job.k_active,
+        }
+        if tuple(about[key] for key in keys) in known:
+            continue
+        load = os.getloadavg()[0]
+        measured = run(job, args.work)
+        row = dict.fromkeys(FIELDS) | about | measured | {"load_average": load}
+        record["runs"].append(row)
+        record |= {"command": f"python tools/bench_offload.py {words}", "seed": args.seed, "versions": versions()}
+        record |= {"layers": args.layers, "cpus": os.cpu_count(), "threads": args.threads, "readers": args.readers}
+        record |= {"warmup": args.warmup}
+        replace_file(args.out, (json.dumps(record, indent=1) + "\n").encode())
+        print(table([row]).splitlines()[-1], file=sys.stderr)
+    print(table(record["runs"]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Parts of ``tools/bench_offload.py``: the model, the routing, and a process for each engine."""

@@ -1,0 +1,62 @@
+"""What a measured process is asked and what it answers. Knows nothing of engines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process of one engine.
+
+    Attributes:
+        engine: name in the result.
+        model: a packed checkpoint, or the folder of accelerate's files.
+        memory: bytes of the whole process.
+        routing: file of a ``Routing``.
+        k_active: budget, in the units of the model's own N.
+        tokens: that are timed.
+        warmup: tokens before them whose use of blocks fills the cache.
+        rule: of eviction.
+        read_ahead: whether blocks are read ahead.
+        readers: threads that read.
+        threads: that compute.
+        options: what is only for one engine.
+    """
+
+    engine: str
+    model: str
+    memory: int
+    routing: str
+    k_active: int
+    tokens: int
+    warmup: int
+    rule: str = "lru"
+    read_ahead: bool = False
+    readers: int = 3
+    threads: int = 2
+    options: dict[str, Any] | None = None
+
+
+def disk_bytes() -> int:
+    """Bytes that this process has had read from the disk so far: the page cache does not count."""
+    return int(psutil.Process().io_counters().read_bytes)
+
+
+def peak_rss() -> int:
+    """The most memory that this process has had, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+def run_worker(measure: Callable[[Job], dict[str, Any]]) -> None:
+    """``main`` of a measured process: job file in, result file out."""
+    job_file, result_file = map(Path, sys.argv[1:])
+    result_file.write_text(json.dumps(measure(Job(**json.loads(job_file.read_text())))))

@@ -1,0 +1,133 @@
+"""Write a packed checkpoint of OLMoE's shape with random weights, block by block.
+
+What ``moe-prism pack`` would write, without the checkpoint of 14 GB: rows are drawn by number of expert and
+sub-expert, so that a file of whole experts (N = 1) holds the same experts as one of sub-experts. Knows nothing of
+routing or time.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from decode_bench.checkpoint import SHAPE, SPREAD
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from moe_prism.checkpoint.schema import CONFIG_KEY, TENSORS_FILE, Calibration, ElasticConfig
+from moe_prism.evaluation.environment import versions
+from moe_prism.offload.block_file import BlockLayout, checksum
+from moe_prism.offload.pack import BLOCKS_FILE, RESIDENT_FILE
+
+NUM_SUB_EXPERTS = 4
+
+
+def config_of(layers: int) -> PreTrainedConfig:
+    """OLMoE-1B-7B with some number of layers."""
+    return AutoConfig.for_model(
+        "olmoe",
+        num_hidden_layers=layers,
+        norm_topk_prob=False,
+        tie_word_embeddings=False,
+        architectures=["OlmoeForCausalLM"],
+        dtype="bfloat16",
+        **SHAPE,
+    )
+
+
+def write_packed(
+    out: Path, layers: int, parts: int, importance: Tensor, seed: int, progress: Callable[[int, int], None]
+) -> None:
+    """Write it, whole or not at all.
+
+    Args:
+        out: a new directory.
+        layers: L.
+        parts: sub-experts of an expert in the block file.
+        importance: fp32 ``[L, E, 4]``, scores of quarters of experts; whole ones have the same score.
+        seed: of the weights.
+        progress: called with (blocks done, in all).
+    """
+    work = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(work, ignore_errors=True)
+    (work / TENSORS_FILE).parent.mkdir(parents=True)
+    config = config_of(layers)
+    names = [f"model.layers.{layer}.mlp.experts" for layer in range(layers)]
+    elastic = ElasticConfig(
+        num_sub_experts=parts,
+        num_experts=config.num_experts,
+        num_neurons=config.intermediate_size,
+        top_k=config.num_experts_per_tok,
+        full_budget=config.num_experts_per_tok * parts,
+        gate="static",
+        solver="none",
+        seed=seed,
+        layers=names,
+        calibration=Calibration(text="none", tokens=0),
+        weights_dtype="bfloat16",
+        created_with=versions(),
+    )
+    setattr(config, CONFIG_KEY, elastic.model_dump(mode="json"))
+    config.save_pretrained(work)
+    if parts != NUM_SUB_EXPERTS:
+        importance = torch.ones(layers, config.num_experts, parts)
+    save_file({f"{name}.importance": importance[i].contiguous() for i, name in enumerate(names)}, work / TENSORS_FILE)
+    save_file(_resident(config, seed), work / RESIDENT_FILE, metadata={"format": "pt"})
+    layout = BlockLayout(
+        layers=names,
+        num_experts=config.num_experts,
+        num_sub_experts=parts,
+        neurons=config.intermediate_size // parts,
+        hidden_size=config.hidden_size,
+        dtype="bfloat16",
+        interleaved=False,
+        checkpoint=f"random, seed {seed}",
+    )
+    with (work / BLOCKS_FILE).open("wb") as file:
+        file.write(layout.header())
+        file.seek(layout.blocks_at)
+        sums = []
+        for number, block in enumerate(_blocks(layout, config, seed)):
+            file.write(block)
+            sums.append(checksum(block).to_bytes(8, "little"))
+            progress(number + 1, layout.blocks)
+        file.seek(layout.table_at)
+        file.write(b"".join(sums))
+    work.rename(out)
+
+
+def _blocks(layout: BlockLayout, config: PreTrainedConfig, seed: int) -> Iterator[bytes]:
+    quarters, size = NUM_SUB_EXPERTS // layout.num_sub_experts, config.intermediate_size // NUM_SUB_EXPERTS
+    spread = torch.tensor([SPREAD["gate_proj"], SPREAD["up_proj"], SPREAD["down_proj"] * 2**0.5])
+    spread = (spread / config.hidden_size**0.5)[:, None, None]
+    for block in range(layout.blocks):
+        kinds: list[Tensor] = []
+        for quarter in range(block * quarters, (block + 1) * quarters):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + quarter)
+            kinds.append((torch.randn(3, size, config.hidden_size, generator=generator) * spread).bfloat16())
+        rows = torch.cat(kinds, dim=1)  # gate, up and down of all neurons of the block
+        yield rows.view(torch.uint8).numpy().tobytes()
+
+
+def _resident(config: PreTrainedConfig, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = config.hidden_size
+
+    def drawn(rows: int, spread: float) -> Tensor:
+        return (torch.randn(rows, hidden, generator=generator) * (spread / hidden**0.5)).bfloat16()
+
+    weights = {
+        "model.embed_tokens.weight": drawn(config.vocab_size, hidden**0.5),
+        "lm_head.weight": drawn(config.vocab_size, 1.0),
+        "model.norm.weight": torch.ones(hidden).bfloat16(),
+    }
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        weights[f"{prefix}.mlp.gate.weight"] = drawn(config.num_experts, SPREAD["mlp.gate."])
+        weights |= {f"{prefix}.self_attn.{name}_proj.weight": drawn(hidden, 1.0) for name in "qkvo"}
+        norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+        weights |= {f"{prefix}.{name}.weight": torch.ones(hidden).bfloat16() for name in norms}
+    return weights

@@ -1,0 +1,138 @@
+"""Goodput over HTTP: one server after the other, the same Poisson arrivals with mixed floors, the OpenAI client.
+
+Stock vLLM takes the same requests: it ignores arguments that it does not know.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import yaml
+
+from moe_prism.bench.http_load import HttpLoad
+from moe_prism.scheduling.workloads import Mix, poisson
+from moe_prism.vllm_plugin.config_file import config_text
+from moe_prism.vllm_plugin.setup import Options
+
+NAME = "served"
+PROMPT, OUTPUT = 32, 24  # tokens of a request
+FLOORS, WEIGHTS = (0.25, 0.5, 1.0), (0.5, 0.3, 0.2)
+
+
+@contextmanager
+def server(checkpoint: Path, elastic: Options | None, options: dict[str, Any], folder: Path) -> Iterator[str]:
+    """``vllm serve`` in processes of its own, with the plugin or with all plugins off; gives its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"model": str(checkpoint), "served-model-name": NAME}
+    if elastic is not None:
+        settings = yaml.safe_load(config_text(checkpoint, elastic, NAME))
+    names = {name.replace("_", "-"): value for name, value in options.items()}
+    file = folder / f"{'elastic' if elastic else 'stock'}.yaml"
+    file.write_text(
+        yaml.safe_dump({**settings, **names, "host": "127.0.0.1", "port": port, "no-enable-prefix-caching": True})
+    )
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    if elastic is None:
+        environment["VLLM_PLUGINS"] = ""
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", "--config", str(file)]
+    with file.with_suffix(".log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        try:
+            _wait(process, f"http://127.0.0.1:{port}/health", Path(log.name))
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    for _ in range(300):
+        if process.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise SystemExit(f"vllm serve did not start:\n{log.read_text()[-3000:]}")
+
+
+def goodput(
+    checkpoint: Path,
+    cost: Path,
+    options: dict[str, Any],
+    full: int,
+    stock_tokens_per_s: float,
+    load: float,
+    seconds: float,
+    rounds: int = 2,
+) -> dict[str, Any]:
+    """Both servers under the same arrivals, in turns.
+
+    Args:
+        checkpoint: elastic.
+        cost: cost model of the elastic server.
+        options: of both.
+        full: k * N.
+        stock_tokens_per_s: of decode steps of 8 requests with stock vLLM; sets rate and objectives.
+        load: arrivals over what that sustains.
+        seconds: of arrivals.
+        rounds: how often each server has its turn.
+    """
+    rate = load * stock_tokens_per_s / OUTPUT
+    tpot_ms = 1.25e3 * 8 / stock_tokens_per_s  # a step of 10 requests or so
+    mix = Mix(full, FLOORS, WEIGHTS, ttft_ms=20 * tpot_ms, tpot_ms=tpot_ms)
+    found: dict[str, list[dict[str, Any]]] = {"stock": [], "elastic": []}
+    with (
+        server(checkpoint, None, options, cost.parent) as stock,
+        server(checkpoint, Options(cost_model=str(cost.resolve())), options, cost.parent) as elastic,
+    ):
+        for turn in range(rounds + 1):  # the first one warms up
+            for kind, url in (("stock", stock), ("elastic", elastic))[:: 1 if turn % 2 else -1]:
+                jobs = poisson(rate, seconds if turn else 3.0, [(PROMPT, OUTPUT)], mix, seed=turn)
+                rng = np.random.default_rng(turn)
+                prompts = [rng.integers(3, 4000, PROMPT).tolist() for _ in jobs]
+                run = HttpLoad(url, NAME).replay(jobs, prompts)
+                if turn:
+                    found[kind].append(run.record())
+                    print(
+                        f"{kind} {turn}: goodput {found[kind][-1]['goodput_rps']:.2f} of {rate:.2f} requests/s",
+                        flush=True,
+                    )
+        with urllib.request.urlopen(f"{elastic}/metrics") as reply:
+            text = reply.read().decode()
+    counted = {
+        name: sum(float(v) for v in re.findall(rf"^moe_prism:{name}{{.*}} (\S+)$", text, re.MULTILINE))
+        for name in ("token_k_active_sum", "token_k_active_count", "degraded_tokens_total", "floor_violations_total")
+    }
+    means = {kind: median(run["goodput_rps"] for run in runs) for kind, runs in found.items()}
+    return {
+        "rate_rps": rate,
+        "load": load,
+        "objectives_ms": {"ttft": mix.ttft_ms, "tpot": mix.tpot_ms},
+        "floors": dict(zip(map(str, FLOORS), WEIGHTS, strict=True)),
+        "tokens": {"prompt": PROMPT, "output": OUTPUT},
+        "goodput_rps": means,
+        "ratio": means["elastic"] / means["stock"] if means["stock"] else None,
+        "elastic_metrics": counted,
+        "runs": found,
+    }
