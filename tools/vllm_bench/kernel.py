@@ -62,10 +62,11 @@ def rows(dtype: torch.dtype, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
         x, weights = torch.randn(count, HIDDEN).to(dtype), torch.rand(count, TOP_K)
         index = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(count)])
         every, ids = all_sub_experts(weights, index, N)
+        routed = index.int()
         out, everything, times = torch.empty_like(x), select_all(weights, index), 5 if count > 100 else 15
 
-        def experts(x: Tensor = x, out: Tensor = out, weights: Tensor = weights, index: Tensor = index.int()) -> Tensor:
-            cpu_fused_moe(out, x, *whole, None, None, weights, index, "silu", "vec")
+        def experts(x: Tensor = x, out: Tensor = out, weights: Tensor = weights, routed: Tensor = routed) -> Tensor:
+            cpu_fused_moe(out, x, *whole, None, None, weights, routed, "silu", "vec")
             return out
 
         def sub_experts(k: int, x: Tensor = x, every: Tensor = every, ids: Tensor = ids) -> Callable[[], Tensor]:
