@@ -68,6 +68,7 @@ SYMBOLS = (
     Symbol("vllm.v1.engine.input_processor:InputProcessor.__init__", ("vllm_config",)),
     Symbol("vllm.v1.engine.input_processor:InputProcessor._validate_params", ("params", "supported_tasks")),
     Symbol("vllm.exceptions:VLLMValidationError"),
+    Symbol("vllm.triton_utils.dispatcher:_rebind_kernels"),
 )
 
 
