@@ -42,6 +42,7 @@ class Grid:
         contexts: tokens of each before the scene begins, as far as all of them hold no more than ``held``.
         held: tokens; computing them takes most of the benchmark's time.
         pieces: prompt tokens of a step.
+        long_pieces: the same, measured without decoding requests only, as far as the model's context allows.
         shares: budgets, as shares of full budget; and two steps of budgets drawn at random, from these and from all.
         repeats: times that all scenes are gone through.
         seed: of prompts, random budgets, the order of scenes and the steps held out of the fit.
@@ -51,16 +52,18 @@ class Grid:
     contexts: tuple[int, ...] = (32, 384)
     held: int = 4096
     pieces: tuple[int, ...] = (8, 32, 128, 256)
+    long_pieces: tuple[int, ...] = (1024,)
     shares: tuple[float, ...] = (1 / 16, 1 / 4, 1 / 2, 3 / 4, 1.0)
     repeats: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
-        numbers = (*self.batches, *self.contexts, *self.pieces, self.held, self.repeats)
+        numbers = (*self.batches, *self.contexts, *self.pieces, *self.long_pieces, self.held, self.repeats)
         if min(numbers) < 1 or not all(0 < share <= 1 for share in self.shares) or not self.batches:
             raise PrismError(
                 "batches, contexts, pieces, held and repeats must be 1 or more and shares in (0, 1], got "
-                f"{self.batches}, {self.contexts}, {self.pieces}, {self.held}, {self.repeats}, {self.shares}"
+                f"{self.batches}, {self.contexts}, {self.pieces}, {self.long_pieces}, {self.held}, {self.repeats}, "
+                f"{self.shares}"
             )
 
     def scenes(self) -> list[tuple[int, int, int]]:
@@ -77,7 +80,8 @@ class Grid:
     def memory_tokens(self) -> int:
         """What the largest scene holds."""
         steps = len(self.shares) + 2 + len(self.pieces)
-        return (max(self.batches) + 1) * (max(self.contexts) + steps + max(self.pieces) + 2)
+        room = (max(self.batches) + 1) * (max(self.contexts) + steps + max(self.pieces) + 2)
+        return max(room, max(self.long_pieces, default=0) + 1)
 
 
 class Step(NamedTuple):
@@ -120,6 +124,7 @@ class Profiler:
         limits = Limits(full, max(grid.batches) + 1, grid.memory_tokens)
         self.engine = Engine(model, self.script, limits)
         self._vocabulary = int(model.config.get_text_config().vocab_size)
+        self._longest = int(model.config.get_text_config().max_position_embeddings) - 1
         self._names = (f"p{i}" for i in count())
 
     def scene(self, batch: int, context: int) -> Iterator[tuple[StepLoad, float]]:
@@ -150,6 +155,9 @@ class Profiler:
             else:
                 steps += [Step((), piece, 0, k) for k in budgets]
                 steps += [Step((), piece, context, int(k)) for k in rng.choice(budgets, 2, replace=False)]
+        if not batch and context == min(self.grid.contexts):
+            long = [piece for piece in self.grid.long_pieces if piece <= self._longest]
+            steps += [Step((), piece, 0, k) for piece in long for k in budgets]
         return steps
 
     def _measure(self, running: list[str], step: Step, rng: Draws) -> float:

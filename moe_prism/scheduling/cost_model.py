@@ -6,6 +6,7 @@ budget, F = k * N. Its time is the sum of ``TERMS``, each times its coefficient:
     step, several                       1; [P + D > 1]: one token alone takes faster ways
     prefill_step, decode_step           [P > 0]; [D > 0]
     prefill_tokens, prefill_work        P; sum over prompt tokens of k_i / F
+    prefill_first                       min(P, 256): larger products are faster
     prefill_context                     sum over prompt tokens of the tokens up to it, which attention reads
     decode_tokens, decode_work          D; sum over decoding requests of k_i / F
     touched                             expected share of all sub-experts that anybody uses: what a step reads
@@ -94,7 +95,7 @@ class CostModel:
         object.__setattr__(self, "_log_untouched", left)
         c, share = self._by_name, np.arange(self.full_budget + 1) / self.full_budget
         low = np.minimum(share, LOW)
-        prompt = c["prefill_tokens"] + c["prefill_work"] * share
+        prompt = c["prefill_tokens"] + c["prefill_first"] + c["prefill_work"] * share
         prompt[:-1] += (c["gated_tokens"] + c["prefill_low"] * low)[:-1]
         object.__setattr__(self, "_prompt_token", prompt)
         gated = c["decode_tokens"] + c["decode_work"] * share + c["gated_tokens"] + c["decode_low"] * low
@@ -208,6 +209,8 @@ class CostModel:
 
     def prefill_curve(self, tokens: Floats, starts: Floats, budgets: Ints) -> Floats:
         """Seconds that each prompt adds to a step that computes all of it, without what a step with prompts costs once.
+
+        As if each were among the first 256 tokens: it does not depend on the others.
 
         Args:
             tokens: of each piece, ``[Q]``.

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 TERMS = (
     *("step", "several", "prefill_step", "decode_step"),
-    *("prefill_tokens", "prefill_low", "prefill_work", "prefill_context"),
+    *("prefill_tokens", "prefill_first", "prefill_low", "prefill_work", "prefill_context"),
     *("decode_tokens", "decode_low", "decode_work", "context"),
     *("touched", "gated", "gated_tokens"),
 )
 LOW = 0.25  # share of full budget up to which the terms of low budgets grow
+FIRST = 256  # prompt tokens up to which the term of short prompts grows
 
 
 class StepLoad(NamedTuple):
@@ -47,7 +48,8 @@ class StepLoad(NamedTuple):
         return (
             *(1.0, float(self.prefill_tokens + self.decode > 1)),
             *(float(self.prefill_tokens > 0), float(self.decode > 0)),
-            *(self.prefill_tokens, self.prefill_low, self.prefill_work, self.prefill_context),
+            *(self.prefill_tokens, min(self.prefill_tokens, FIRST)),
+            *(self.prefill_low, self.prefill_work, self.prefill_context),
             *(self.decode, self.decode_low, self.decode_work, self.context),
             *(1.0 - self.untouched, self.gated, self.gated_tokens),
         )

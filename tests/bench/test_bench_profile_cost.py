@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,13 @@ def test_it_goes_on_where_it_was_interrupted(
     found.require(engine=ENGINE, machine=machine_of(model), checkpoint="abc")
     with pytest.raises(PrismError, match="profile-cost"):
         found.require(engine=ENGINE, machine="another", checkpoint="abc")
+
+
+def test_long_prompts_are_measured_alone_and_as_far_as_the_context_goes(model: PreTrainedModel) -> None:
+    profiler = Profiler(model, replace(GRID, long_pieces=(20, 127, 128)))  # the model's context is 128
+    assert [load.prefill_tokens for load, _ in profiler.scene(0, 4)][-4:] == [20, 20, 127, 127]
+    for batch, context in ((0, 9), (1, 4)):
+        assert max(load.prefill_tokens for load, _ in profiler.scene(batch, context)) == 5
 
 
 def test_bad_grids_are_refused() -> None:

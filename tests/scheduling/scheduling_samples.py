@@ -22,6 +22,7 @@ SECONDS = {
     "prefill_step": 3e-3,
     "decode_step": 2e-3,
     "prefill_tokens": 5e-5,
+    "prefill_first": 1e-5,
     "prefill_low": 2e-5,
     "prefill_work": 3e-4,
     "prefill_context": 1e-8,

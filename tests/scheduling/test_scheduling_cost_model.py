@@ -39,6 +39,7 @@ def by_hand(decode: list[int], context: float, pieces: list[tuple[int, int, int]
     total += s["touched"] * (1 - untouched * math.prod((1 - k / SUB_EXPERTS) ** tokens for tokens, k, _ in pieces))
     total += s["decode_step"] + s["context"] * context if decode else 0.0
     total += s["prefill_step"] if pieces else 0.0
+    total += s["prefill_first"] * min(256, sum(tokens for tokens, _, _ in pieces))
     total += s["several"] * (len(decode) + sum(tokens for tokens, _, _ in pieces) > 1)
     return total + s["gated"] * (decode_gated or prompts_gated)
 

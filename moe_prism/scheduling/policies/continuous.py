@@ -21,13 +21,12 @@ Knows no engine, and nothing of how a step's time comes about but the cost model
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..cost_model import Floats, Ints
-from ..requests import Columns, Running, State, StepPlan
+from ..requests import Columns, Progress, Running, State, StepPlan
 from .base import POLICIES, Policy, positive
 from .decoding import Decoding, curves, excess_before
 from .excess import as_good, demand, largest, uncrowded
@@ -75,11 +74,12 @@ class Continuous(Policy):
 
     def plan(self, state: State, now: float) -> StepPlan:
         """See ``Policy.plan``."""
-        everyone, full = Columns.rows(r.request for r in state.running), state.limits.full_budget
-        decodes = np.array([r.prefilled >= r.request.prompt_tokens for r in state.running], dtype=bool)
+        asked, full = [r.request for r in state.running], state.limits.full_budget
+        everyone, progress = Columns.rows(asked), Progress.of(state.running)
+        decodes = progress.prefilled >= Columns(*everyone.T).prompt_tokens
+        names = [r.id for r, done in zip(asked, decodes.tolist(), strict=True) if done]
+        decoding = self._decoding(names, Columns(*everyone[decodes].T), progress.only(decodes), full, now)
         begun = [r for r, done in zip(state.running, decodes.tolist(), strict=True) if not done]
-        running = [r for r in state.running if r.prefilled >= r.request.prompt_tokens] if begun else state.running
-        decoding = self._decoding(running, Columns(*everyone[decodes].T), full, now)
         waiting = np.asfortranarray(Columns.rows(state.waiting))  # whole columns are read
         fitting = self._fitting(everyone, waiting, decoding, state, now)
         names = [r.request.id for r in begun] + [state.waiting[i].id for i in fitting.tolist()]
@@ -139,16 +139,17 @@ class Continuous(Policy):
         budgets: Ints = np.minimum(most.astype(np.int64), floor.astype(np.int64) + excess)
         return budgets
 
-    def _decoding(self, running: Sequence[Running], columns: Columns, full_budget: int, now: float) -> Decoding:
+    def _decoding(
+        self, names: list[str], columns: Columns, progress: Progress, full_budget: int, now: float
+    ) -> Decoding:
         floor, most = (bound.astype(np.int64) for bound in self.bounds(columns, full_budget))
-        generated = np.array([r.generated for r in running], dtype=float)
-        context = float(columns.prompt_tokens.sum() + generated.sum())
-        first = np.array([now if r.first_token is None else r.first_token for r in running])
+        context = float(columns.prompt_tokens.sum() + progress.generated.sum())
+        first = np.where(np.isnan(progress.first_token), now, progress.first_token)
         each = self._each(columns)
-        ahead = np.maximum(first + generated * each - now, HURRY * each)
-        last = np.array([r.budget if r.generated > 1 else 0 for r in running])  # a prompt's budget says nothing
+        ahead = np.maximum(first + progress.generated * each - now, HURRY * each)
+        last = np.where(progress.generated > 1, progress.budget, 0).astype(np.int64)  # a prompt's budget says nothing
         return Decoding(
-            [r.request.id for r in running],
+            names,
             floor,
             most,
             excess_before(last, floor, most, full_budget),
