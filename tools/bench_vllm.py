@@ -7,7 +7,8 @@ Both engines serve one elastic checkpoint, stock vLLM (with plugins off) as the 
 steps of 1 and 8 requests: stock, and with the plugin at full budget, at 9 of 32, and half of the requests at each. The
 engines are alive at the same time in processes of their own and take turns case by case. (2) with ``--serve COST``, a
 cost model of ``moe-prism vllm-cost``: Poisson arrivals over HTTP at a load that full budget cannot sustain, floors
-mixed, stock and elastic servers in turns. Goodput counts requests whose first token and later tokens were all in time.
+mixed, stock and elastic servers in turns. Goodput counts requests whose first token and later tokens were
+all in time. Interrupted between the two, it goes on with the second.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from vllm_bench.goodput import goodput
 
+from moe_prism.checkpoint.atomic import replace_file
 from moe_prism.checkpoint.read import open_checkpoint
 from moe_prism.evaluation.environment import cpu_name, usable_cores, versions
 
@@ -121,6 +123,24 @@ def ratios(rows: list[dict[str, Any]], full: int) -> dict[str, float]:
     }
 
 
+def _settings(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "prompt": arguments.prompt, "steps": arguments.steps, "rounds": arguments.rounds}
+
+
+def _kept(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any] | None:
+    """What an interrupted run of the same settings has measured."""
+    if not arguments.out.is_file():
+        return None
+    found: dict[str, Any] = json.loads(arguments.out.read_text())
+    same = found["settings"] == _settings(arguments, options)
+    return found if same and "goodput" not in found and arguments.serve is not None else None
+
+
+def _write(out: Path, record: dict[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(out, (json.dumps(record, indent=1) + "\n").encode())
+
+
 def main() -> None:
     """Parse the arguments, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,24 +163,26 @@ def main() -> None:
         "max_num_seqs": 32,
         "kv_cache_memory_bytes": 1 << 28,
     }
-    rows, version = decode_rows(
-        arguments.checkpoint, full, options, arguments.rounds, arguments.prompt, arguments.steps
-    )
-    record: dict[str, Any] = {
-        "machine": {"cpu": cpu_name(), "cores": usable_cores(), "threads": os.environ.get("OMP_NUM_THREADS")},
-        "versions": {**versions(), "vllm": version},
-        "settings": {**options, "prompt": arguments.prompt, "steps": arguments.steps, "rounds": arguments.rounds},
-        "rows": rows,
-        "ratios": ratios(rows, full),
-    }
+    record = _kept(arguments, options)
+    if record is None:
+        rows, version = decode_rows(
+            arguments.checkpoint, full, options, arguments.rounds, arguments.prompt, arguments.steps
+        )
+        record = {
+            "machine": {"cpu": cpu_name(), "cores": usable_cores(), "threads": os.environ.get("OMP_NUM_THREADS")},
+            "versions": {**versions(), "vllm": version},
+            "settings": _settings(arguments, options),
+            "rows": rows,
+            "ratios": ratios(rows, full),
+        }
+        _write(arguments.out, record)
     if arguments.serve is not None:
-        stock = next(r["tokens_per_s"] for r in rows if r["setup"] == STOCK and r["requests"] == 8)
+        stock = next(r["tokens_per_s"] for r in record["rows"] if r["setup"] == STOCK and r["requests"] == 8)
         record["goodput"] = goodput(
             arguments.checkpoint, arguments.serve, options, full, stock, arguments.load, arguments.serve_seconds
         )
         record["ratios"]["goodput over stock"] = record["goodput"]["ratio"]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        _write(arguments.out, record)
     for name, value in record["ratios"].items():
         print(f"{name}: {value:.3f}")
 

@@ -35,8 +35,9 @@ def register() -> None:
         return
     from vllm import ModelRegistry
 
-    from .admission import install
+    from . import admission, numba_guard
 
     for architecture, name in MODELS.items():
         ModelRegistry.register_model(architecture, name)
-    install()
+    admission.install()
+    numba_guard.install()

@@ -132,6 +132,8 @@ def _refuse(vllm_config: Any, elastic: ElasticConfig) -> None:
     ):
         if asked:
             raise UnsupportedModelError(f"budgets do not work with {what} yet: leave out {option}")
+    if vllm_config.device_config.device_type != "cpu" and not vllm_config.model_config.enforce_eager:
+        raise UnsupportedModelError("budgets do not work with captured GPU graphs yet: add --enforce-eager")
     ranks = parallel.tensor_parallel_size
     if ranks > 1:
         _refuse_split(elastic, ranks)

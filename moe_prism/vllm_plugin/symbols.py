@@ -64,9 +64,11 @@ SYMBOLS = (
     Symbol("vllm.v1.worker.gpu_worker:Worker.load_model"),
     Symbol("vllm.v1.worker.gpu_worker:Worker.execute_model", ("scheduler_output",)),
     Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward", ("input_ids", "inputs_embeds")),
+    Symbol("vllm.v1.worker.gpu.model_states.interface:ModelState.prepare_inputs", ("input_batch",)),
     Symbol("vllm.v1.engine.input_processor:InputProcessor.__init__", ("vllm_config",)),
     Symbol("vllm.v1.engine.input_processor:InputProcessor._validate_params", ("params", "supported_tasks")),
     Symbol("vllm.exceptions:VLLMValidationError"),
+    Symbol("vllm.triton_utils.dispatcher:_rebind_kernels"),
 )
 
 

@@ -106,6 +106,41 @@ def test_prefixes_are_shared_within_a_class_of_quality_only(llm: Any) -> None:
     assert hits(k_min=16) > 0  # the same class as full budget
 
 
+# From here on engines come and go: what ends with one of them ends for all of this process.
+
+
+def test_full_budget_is_the_stock_engine(llm: Any, checkpoint: Path) -> None:
+    ours = generate(llm, [None, {"k_active": 16}])
+    with engine(checkpoint.parent / "stock") as stock:
+        (theirs,) = generate(stock, [None])
+    for output in ours:
+        assert tokens_of([output]) == tokens_of([theirs])
+        torch.testing.assert_close(logprobs_of(output), logprobs_of(theirs), atol=2e-5, rtol=0)
+
+
+def test_without_the_flags_the_checkpoint_is_the_original(checkpoint: Path) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    with engine(checkpoint) as plain:
+        with pytest.raises(VLLMValidationError, match="this server has no budgets"):
+            generate(plain, [{"k_active": 4}])
+        assert len(tokens_of(generate(plain, [None]))[0]) == 12
+
+
+@pytest.mark.parametrize("half", ["worker_cls", "scheduler_cls"])
+def test_half_of_the_plugin_is_refused(checkpoint: Path, half: str) -> None:
+    with (
+        pytest.raises(Exception, match="only one half of the plugin is on"),
+        engine(checkpoint, **{half: ELASTIC[half]}),
+    ):
+        pass
+
+
+def test_a_stock_model_has_no_budgets(checkpoint: Path) -> None:
+    with pytest.raises(Exception, match="is a stock model"), engine(checkpoint.parent / "stock", **ELASTIC):
+        pass
+
+
 def cost_model(path: Path, **changes: Any) -> CostModel:
     """One in which a token at full budget takes 20 ms, of which 16 are in proportion to its budget."""
     from moe_prism.vllm_plugin.costs import engine_name, machine_name
@@ -141,36 +176,4 @@ def test_a_cost_model_of_another_engine_is_refused(checkpoint: Path, tmp_path: P
         pytest.raises(Exception, match="measured for engine 'embedded'"),
         engine(checkpoint, additional_config=options, **ELASTIC),
     ):
-        pass
-
-
-def test_full_budget_is_the_stock_engine(llm: Any, checkpoint: Path) -> None:
-    ours = generate(llm, [None, {"k_active": 16}])
-    with engine(checkpoint.parent / "stock") as stock:
-        (theirs,) = generate(stock, [None])
-    for output in ours:
-        assert tokens_of([output]) == tokens_of([theirs])
-        torch.testing.assert_close(logprobs_of(output), logprobs_of(theirs), atol=2e-5, rtol=0)
-
-
-def test_without_the_flags_the_checkpoint_is_the_original(checkpoint: Path) -> None:
-    from vllm.exceptions import VLLMValidationError
-
-    with engine(checkpoint) as plain:
-        with pytest.raises(VLLMValidationError, match="this server has no budgets"):
-            generate(plain, [{"k_active": 4}])
-        assert len(tokens_of(generate(plain, [None]))[0]) == 12
-
-
-@pytest.mark.parametrize("half", ["worker_cls", "scheduler_cls"])
-def test_half_of_the_plugin_is_refused(checkpoint: Path, half: str) -> None:
-    with (
-        pytest.raises(Exception, match="only one half of the plugin is on"),
-        engine(checkpoint, **{half: ELASTIC[half]}),
-    ):
-        pass
-
-
-def test_a_stock_model_has_no_budgets(checkpoint: Path) -> None:
-    with pytest.raises(Exception, match="is a stock model"), engine(checkpoint.parent / "stock", **ELASTIC):
         pass

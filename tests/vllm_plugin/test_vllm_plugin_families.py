@@ -10,7 +10,10 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` runs these tests")
 
-from vllm_live import ELASTIC, Reference, engine, generate, logprobs_of, made, tokens_of
+from transformers import AutoModelForCausalLM
+from vllm_live import ELASTIC, PROMPT, Reference, engine, generate, logprobs_of, made, tokens_of
+
+from moe_prism.refactor.export import export_fine_grained
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 OTHERS = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"]
@@ -38,7 +41,8 @@ def agrees(path: Path, llm: Any, budgets: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_a_family_gives_what_transformers_gives(family: str, tmp_path: Path) -> None:
+def test_a_family_gives_what_transformers_gives(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")  # its kernel for latent attention on CPUs knows DeepSeek's sizes only
     path = made(tmp_path, family, compensation_budgets=2, recalibration="scale")
     full = Reference(path).model.config.num_experts_per_tok * 4
     with engine(path, **ELASTIC) as llm:
@@ -88,3 +92,19 @@ def test_what_cannot_be_split_is_refused(recipe: dict[str, Any], words: str, tmp
         engine(path, tensor_parallel_size=2, distributed_executor_backend="mp", **ELASTIC),
     ):
         pass
+
+
+@pytest.mark.parametrize("k_active", [None, 6])
+def test_a_fine_grained_export_needs_no_plugin(k_active: int | None, tmp_path: Path) -> None:
+    path = made(tmp_path, gate="linear")
+    export_fine_grained(path, tmp_path / "fine", k_active)
+    with engine(tmp_path / "fine") as stock:
+        (output,) = generate(stock, [None])
+    reference = AutoModelForCausalLM.from_pretrained(
+        tmp_path / ("stock" if k_active is None else "fine"), dtype=torch.float32
+    )
+    ids = torch.tensor([[*PROMPT, *tokens_of([output])[0]]])
+    with torch.no_grad():
+        logits = reference(ids).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+    expected = logits.gather(1, ids[0, len(PROMPT) :, None])[:, 0]
+    torch.testing.assert_close(logprobs_of(output), expected, atol=1e-5, rtol=0)

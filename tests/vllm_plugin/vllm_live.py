@@ -23,13 +23,14 @@ from moe_prism.vllm_plugin.setup import SCHEDULER, WORKER
 
 # vLLM's CPU kernels want hidden sizes, neurons and heads in multiples of 32.
 WIDE: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+_LATENT: dict[str, Any] = {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
 NEURONS: dict[str, dict[str, Any]] = {
     "olmoe": {"intermediate_size": 128},
     "mixtral": {"intermediate_size": 128, "num_local_experts": 6},
     "qwen2_moe": {"moe_intermediate_size": 128},
     "qwen3_moe": {"moe_intermediate_size": 128, "head_dim": 32},
-    "deepseek_v2": {"moe_intermediate_size": 128},
-    "deepseek_v3": {"moe_intermediate_size": 128},
+    "deepseek_v2": {"moe_intermediate_size": 128, **_LATENT},
+    "deepseek_v3": {"moe_intermediate_size": 128, "topk_method": "noaux_tc", "scoring_func": "sigmoid", **_LATENT},
 }
 PROMPT = [5, 17, 33, 8, 61, 90, 12, 44, 27, 3]
 ELASTIC = {"worker_cls": WORKER, "scheduler_cls": SCHEDULER}
@@ -50,7 +51,13 @@ def engine(path: Path, **more: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 96, "kv_cache_memory_bytes": 1 << 24}
+    options = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 96,
+        "kv_cache_memory_bytes": 1 << 24,
+        "block_size": 32,
+    }
     llm = LLM(str(path), **{**options, **more})
     try:
         yield llm
