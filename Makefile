@@ -56,8 +56,10 @@ DEMO_TEXTS  := $(if $(wildcard $(CALIBRATION)),--calibration $(CALIBRATION) --te
 demo: $(VENV)/.base ## refactor the bundled model, measure it, write checkpoint and report to build/demo
 	$(BIN)/moe-prism demo --out $(OUT) --recipe $(RECIPE) $(DEMO_TEXTS) $(ARGS)
 
+# Files of tests side by side: two halves take little more than half of the time on two cores.
+WORKERS ?= 2
 test: $(VENV)/.dev ## run the tests; ARGS='-k solver' narrows them
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 # Triton stays out of .venv: with it, other libraries there would take other paths.
 $(VENV)/.triton: $(VENV)/.dev
@@ -213,11 +215,15 @@ $(SCHEDULE)/experts/moe_prism/cost_model.json: | $(VENV)/.base
 	$(BIN)/python tools/expert_model.py $(SCHEDULE)/experts
 	$(BIN)/moe-prism profile-cost $(SCHEDULE)/experts
 
-bench-schedule: $(SCHEDULE)/bundled/moe_prism/cost_model.json $(SCHEDULE)/experts/moe_prism/cost_model.json ## policies on the real engine, simulator beside (12 minutes, models and profiles apart) -> build/bench/schedule.json
-	$(BIN)/moe-prism bench schedule $(SCHEDULE)/bundled --loads low=0.3,high=1.5 --seconds 10 \
-	  $(if $(wildcard $(TRACE)),--trace $(TRACE)) --json build/bench/schedule.json --plots build/bench/schedule-plots $(ARGS)
-	$(BIN)/moe-prism bench schedule $(SCHEDULE)/experts --loads low=0.3,high=1.5 --seconds 10 --ttft-ms 3000 --tpot-ms 300 \
-	  --json build/bench/schedule-experts.json $(ARGS)
+# The bundled model: all policies, as far as a target compares them at a load. Experts dominate: what budgets do under
+# sustained load, so arrivals come for a minute. An interrupted run goes on.
+COMPARED  := continuous,system-only@high+trace,fifo-original@high+trace,fifo@high,full-batch@high,virtual-queues@high
+SUSTAINED := continuous,system-only,fifo-original
+bench-schedule: $(SCHEDULE)/bundled/moe_prism/cost_model.json $(SCHEDULE)/experts/moe_prism/cost_model.json ## policies on the real engine, simulator beside (15 minutes, models and profiles apart; needs the trace) -> build/bench/schedule.json
+	$(BIN)/moe-prism bench schedule $(SCHEDULE)/bundled --policies $(COMPARED) --loads low=0.3,high=1.5 --seconds 15 \
+	  --trace $(TRACE) --json build/bench/schedule.json --plots build/bench/schedule-plots $(ARGS)
+	$(BIN)/moe-prism bench schedule $(SCHEDULE)/experts --policies $(SUSTAINED) --loads high=1.5 --seconds 60 \
+	  --trace $(TRACE) --ttft-ms 3000 --tpot-ms 300 --json build/bench/schedule-experts.json $(ARGS)
 
 bench-engine: $(SCHEDULE)/bundled/moe_prism/cost_model.json ## the engine against padded batches and continuous batching of transformers -> build/bench/engine.json
 	$(BIN)/python tools/bench_engine.py --checkpoint $(SCHEDULE)/bundled --out build/bench/engine.json $(ARGS)

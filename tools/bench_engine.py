@@ -24,7 +24,7 @@ from moe_prism.elastic import full_budget
 from moe_prism.engine import Engine, Generation, Sampling, TokenEvent
 from moe_prism.evaluation.environment import machine, usable_cores, versions
 from moe_prism.scheduling import POLICIES, CostModel, Limits, Request
-from moe_prism.scheduling.cost_model import TERMS
+from moe_prism.scheduling.step_load import TERMS
 
 Prompts = list[list[int]]
 Tokens = list[list[int]]

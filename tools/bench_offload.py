@@ -41,7 +41,7 @@ OURS, WITHOUT, LRU, WHOLE, ACCELERATE = (
 )
 RULE = "frequent-recent"
 FULL = 32
-# Budget of the long run, in which memory must not grow.
+# Budget of the long run, in which memory must not grow, and floor of tokens with a deadline.
 SOAK = 8
 FIELDS = (
     "engine",
@@ -79,6 +79,10 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, str, Job]]:
                     ),
                 }
                 found += [(name, routing, replace(variants[name], engine=name)) for name in args.engines]
+    for memory in args.memory if OURS in args.engines else ():
+        for tpot_ms in args.tpot_ms:
+            timed = replace(job_of(args, "local", memory, FULL), options={"tpot_ms": tpot_ms, "k_min": SOAK})
+            found.append((f"{OURS}, {tpot_ms:g} ms a token", "local", timed))
     if args.soak and OURS in args.engines:
         found.append((OURS, "local", replace(job_of(args, "local", args.memory[-1], SOAK), tokens=args.soak)))
     return found
@@ -161,6 +165,38 @@ def run(job: Job, work: Path) -> dict[str, Any]:
     return measured
 
 
+def equal_texts(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The bundled model with a quarter of its blocks in memory against the whole one, greedy, in fp32."""
+    import torch
+
+    from moe_prism import load_elastic, set_budget
+    from moe_prism.offload import pack_checkpoint
+    from moe_prism.offload.block_file import BlockFile
+    from moe_prism.offload.load import attach_blocks, load_resident
+    from moe_prism.offload.pack import BLOCKS_FILE
+
+    packed = args.work / "bundled-packed"
+    if not packed.exists():
+        pack_checkpoint(args.checkpoint, packed)
+    whole = load_elastic(args.checkpoint, dtype=torch.float32)
+    model, elastic = load_resident(packed, torch.float32)
+    file = BlockFile(packed / BLOCKS_FILE)
+    manager = attach_blocks(model, file, file.layout.blocks // 4)
+    found = []
+    for k_active in (elastic.full_budget // 4, elastic.full_budget // 2, elastic.full_budget):
+        for one in (whole, model):
+            set_budget(one, k_active)
+        prompt = torch.arange(100, 116)[None]
+        texts = [
+            one.generate(prompt, max_new_tokens=200, min_new_tokens=200, do_sample=False) for one in (whole, model)
+        ]
+        same = bool(torch.equal(*texts))
+        found.append({"k_active": k_active, "tokens": 200, "equal": same})
+        print(f"bundled model, budget {k_active}: 200 tokens {'equal' if same else 'DIFFER'}", file=sys.stderr)
+    manager.close()
+    return found
+
+
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown, one row a run, with the time over that of whole-expert LRU under the same conditions."""
     lines = [
@@ -175,7 +211,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         cells = [
             run["routing"],
             f"{run['memory_gb']:g}",
-            str(run["k_active"]),
+            f"{run['mean_budget']:.1f}" if run.get("mean_budget") else str(run["k_active"]),
             run["engine"],
             f"{run['ms_per_token']:,.0f}",
             f"{run['ms_per_token'] / whole:.2f}" if whole else "",
@@ -203,6 +239,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=everything, default=everything, help="all")
     parser.add_argument("--tokens", type=int, default=24, help="timed tokens (%(default)s)")
     parser.add_argument("--warmup", type=int, default=300, help="tokens before them that fill the cache (%(default)s)")
+    parser.add_argument("--tpot-ms", type=float, nargs="*", default=[150.0, 250.0], help="deadlines, floor 8 (150 250)")
     parser.add_argument("--soak", type=int, default=1000, help=f"tokens of a long run at budget {SOAK}; 0: none")
     parser.add_argument("--readers", type=int, default=3, help="threads that read (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads that compute (%(default)s)")
@@ -255,6 +292,9 @@ def main(argv: list[str] | None = None) -> int:
         record |= {"warmup": args.warmup}
         replace_file(args.out, (json.dumps(record, indent=1) + "\n").encode())
         print(table([row]).splitlines()[-1], file=sys.stderr)
+    if not record.get("equal_texts"):
+        record["equal_texts"] = equal_texts(args)
+        replace_file(args.out, (json.dumps(record, indent=1) + "\n").encode())
     print(table(record["runs"]))
     return 0
 

@@ -20,8 +20,8 @@ from moe_prism.bench.loads import capacity
 from moe_prism.errors import PrismError
 from moe_prism.evaluation.environment import versions
 from moe_prism.scheduling import POLICIES, Admission, CostModel, Limits, Request, Running, State
-from moe_prism.scheduling.cost_model import TERMS
 from moe_prism.scheduling.simulator import simulate
+from moe_prism.scheduling.step_load import TERMS
 from moe_prism.scheduling.workloads import Mix, Trace, jobs_of
 
 FULL, SUB_EXPERTS = 64, 512

@@ -1,7 +1,8 @@
 """Every policy on every workload on the real engine: requests come open loop, the same ones for every policy.
 
 The simulator runs the same requests over the same cost model beside it. Policies take turns, and the order is reversed
-in every second round, so that a machine that slows down favours none. Knows nothing of the command line.
+in every second round, so that a machine that slows down favours none. Every run is kept when it ends, so that an
+interrupted comparison goes on. Knows nothing of the command line.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from ..engine import Engine, FailedEvent, Generation, Sampling
+from ..engine import Engine
 from ..engine.identity import ENGINE, machine_of
 from ..evaluation.environment import versions
 from ..scheduling import Admission, Job, Limits, Outcome, Policy
@@ -23,74 +24,25 @@ from ..scheduling.policies import POLICIES
 from ..scheduling.simulator import simulate
 from ..scheduling.summary import summarise
 from .loads import Load, Plan, saturating
+from .open_loop import serve_jobs
+from .partial import Partial
 from .results import kl_of, results
-from .scenario import Scenario, plan_of, points_of, policies_of
+from .scenario import Scenario, plan_of, points_of, policies_of, runs_on
 
 Progress = Callable[[str, int, int], None]
 BASELINES = ("fifo", "full-batch", "virtual-queues")
 COMPARED = ("throughput_rps", "ttft_ms", "tpot_ms")  # of the simulator with the engine
-
-
-def serve_jobs(
-    engine: Engine, jobs: Sequence[Job], vocabulary: int, seed: int, tell: Callable[[int, int], None] | None = None
-) -> tuple[list[Outcome], float]:
-    """Send requests when they are due, whatever became of those before, and see them through.
-
-    Args:
-        engine: idle.
-        jobs: sorted by arrival, in seconds from now.
-        vocabulary: prompts are random ids below it.
-        seed: of the prompts.
-        tell: called with (requests ended, in all).
-
-    Returns:
-        Outcomes in order of arrival, and seconds from the first arrival to the last token.
-
-    Raises:
-        RuntimeError: the engine failed a request.
-    """
-    rng = np.random.default_rng((seed, 4))
-    prompts = [rng.integers(0, vocabulary, job.request.prompt_tokens).tolist() for job in jobs]
-    start = engine.clock() - (jobs[0].request.arrival if jobs else 0.0)
-    shifted = [replace(job.request, arrival=job.request.arrival + start) for job in jobs]
-    outcomes: dict[str, Outcome] = {}
-    sent = ended = 0
-    now = engine.clock()
-    while ended < len(jobs):
-        while sent < len(jobs) and shifted[sent].arrival <= now:
-            request = shifted[sent]
-            engine.submit(Generation(request, prompts[sent], Sampling()))
-            outcomes[request.id] = Outcome(replace(jobs[sent], request=request))
-            sent += 1
-        began = engine.clock()
-        steps = engine.stats.steps
-        events = engine.step()
-        now = engine.clock()
-        if engine.stats.steps == steps:
-            engine.wait(min(1.0, max(0.0, shifted[sent].arrival - now)) if sent < len(jobs) else 1.0)
-            now = engine.clock()
-            continue
-        plan = engine.stats.plan
-        assert plan is not None  # there was a step
-        for id in plan.admit:
-            outcomes[id].admitted = began
-        for id, tokens in plan.prefill.items():
-            outcomes[id].prefill(tokens, plan.budgets[id])
-        for event in events:
-            if isinstance(event, FailedEvent):
-                raise RuntimeError(f"request {event.id} failed: {event.error}")
-            outcome = outcomes[event.id]
-            outcome.generate(event.budget, now)
-            if event.finished:
-                outcome.finished = now
-                ended += 1
-        if tell is not None:
-            tell(ended, len(jobs))
-    return list(outcomes.values()), now - start - (jobs[0].request.arrival if jobs else 0.0)
+BUDGETS = ("prompt_budgets", "token_budgets")
+KEPT = ("admitted", "first_token", "finished", "prefilled", "tokens", "budget", *BUDGETS)  # of an outcome
 
 
 def run_measurement(
-    scenario: Scenario, model: PreTrainedModel, cost: CostModel, rounds: int, progress: Progress | None = None
+    scenario: Scenario,
+    model: PreTrainedModel,
+    cost: CostModel,
+    rounds: int,
+    progress: Progress | None = None,
+    partial: Path | None = None,
 ) -> dict[str, Any]:
     """The record of ``results``, with the simulator's figures beside the engine's and the targets.
 
@@ -100,6 +52,7 @@ def run_measurement(
         cost: of this machine.
         rounds: times that everything is run, with other seeds; outcomes are pooled.
         progress: called with (load and policy, requests ended, in all).
+        partial: file of the runs so far, see ``Partial``.
     """
     plan = plan_of(scenario, cost.full_budget)
     longest = max(p + o for p, o in plan.lengths)
@@ -109,35 +62,43 @@ def run_measurement(
     policies = policies_of(scenario, cost)
     engine = Engine(model, next(iter(policies.values())), limits, hopeless=scenario.hopeless)
     vocabulary = int(model.config.get_text_config().vocab_size)
-    sustained = _capacity(engine, plan, cost, vocabulary, progress)
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(scenario).items()}
+    identity = {"machine": machine_of(model), "checkpoint": cost.checkpoint, "cost": cost.coefficients}
+    kept = Partial(partial, {"scenario": options, "rounds": rounds, **identity})
+    if "capacity" not in kept:
+        kept["capacity"] = _capacity(engine, plan, cost, vocabulary, progress)
+    sustained = float(kept["capacity"])
     if plan.trace is not None:
         first = max(2, round(plan.trace_load * sustained * plan.seconds))
         plan = replace(plan, trace=plan.trace.scaled(first=first))
-    pooled: dict[tuple[str, str], list[tuple[list[Outcome], float, float]]] = {}
+    pooled: dict[tuple[str, str], list[_Ran]] = {}
     simulated: dict[tuple[str, str], list[tuple[list[Outcome], float]]] = {}
     loads: list[Load] = []
     for turn in range(rounds):
         loads = replace(plan, seed=plan.seed + turn).build(sustained, sustained)
         for load in loads:
             for name, policy in list(policies.items())[:: -1 if turn % 2 else 1]:
-                run = _run(engine, load, name, policy, vocabulary, plan.seed + turn, progress)
-                pooled.setdefault((load.name, name), []).append(run)
+                if not runs_on(scenario, name, load.name):
+                    continue
+                key = f"{turn}, {load.name}, {name}"
+                if key not in kept:
+                    kept[key] = _run(engine, load, name, policy, vocabulary, plan.seed + turn, progress).record()
+                pooled.setdefault((load.name, name), []).append(_Ran.of(kept[key], load.jobs))
                 beside = simulate(load.jobs, policy, cost, admission)
                 simulated.setdefault((load.name, name), []).append((beside.outcomes, beside.seconds))
     kl = kl_of(points_of(scenario))
     figures: dict[str, dict[str, dict[str, Any]]] = {}
     beside_figures: dict[str, dict[str, dict[str, Any]]] = {}
     for (load_name, name), runs in pooled.items():
-        outcomes = [outcome for run in runs for outcome in run[0]]
-        record = summarise(outcomes, sum(run[1] for run in runs), kl)
-        record["policy_ms_per_step"] = float(np.mean([run[2] for run in runs]))
+        outcomes = [outcome for run in runs for outcome in run.outcomes]
+        record = summarise(outcomes, sum(run.seconds for run in runs), kl)
+        record["policy_ms_per_step"] = float(np.mean([run.policy_ms for run in runs]))
         figures.setdefault(load_name, {})[name] = record
         others = simulated[load_name, name]
         outcomes = [outcome for other in others for outcome in other[0]]
         beside_figures.setdefault(load_name, {})[name] = summarise(outcomes, sum(other[1] for other in others), kl)
     about = {
-        **{name: str(value) if isinstance(value, Path) else value for name, value in asdict(scenario).items()},
-        "policies": list(policies),
+        **options,
         "rounds": rounds,
         "full_budget": cost.full_budget,
         "capacity_rps": sustained,
@@ -147,6 +108,7 @@ def run_measurement(
         "cost_model": {"median_error": cost.median_error, "p95_error": cost.p95_error},
         "versions": versions(),
     }
+    kept.finish()
     context = float(np.mean([p + o / 2 for p, o in plan.lengths]))
     record = results(about, loads, figures, cost, simulated=False, context=context)
     return {
@@ -181,9 +143,40 @@ def targets(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str,
     return found
 
 
+class _Ran(NamedTuple):
+    """One policy on one load.
+
+    Attributes:
+        outcomes: in order of arrival.
+        seconds: from the first arrival to the last token.
+        policy_ms: of a step, spent in the policy.
+    """
+
+    outcomes: list[Outcome]
+    seconds: float
+    policy_ms: float
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values, without the jobs."""
+        outcomes = [{name: getattr(outcome, name) for name in KEPT} for outcome in self.outcomes]
+        arrivals = [outcome.job.request.arrival for outcome in self.outcomes]
+        return {**self._asdict(), "outcomes": outcomes, "arrivals": arrivals}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], jobs: Sequence[Job]) -> _Ran:
+        """The inverse, with the jobs that were run."""
+        outcomes = []
+        for values, arrival, job in zip(record["outcomes"], record["arrivals"], jobs, strict=True):
+            counts = {name: {int(k): n for k, n in values[name].items()} for name in BUDGETS}
+            outcomes.append(
+                Outcome(replace(job, request=replace(job.request, arrival=arrival)), **{**values, **counts})
+            )
+        return cls(outcomes, record["seconds"], record["policy_ms"])
+
+
 def _run(
     engine: Engine, load: Load, name: str, policy: Policy, vocabulary: int, seed: int, progress: Progress | None
-) -> tuple[list[Outcome], float, float]:
+) -> _Ran:
     engine.policy = policy
     before = engine.stats
 
@@ -194,16 +187,15 @@ def _run(
     outcomes, seconds = serve_jobs(engine, load.jobs, vocabulary, seed, tell)
     after = engine.stats
     steps = max(1, after.steps - before.steps)
-    return outcomes, seconds, 1e3 * (after.policy_seconds - before.policy_seconds) / steps
+    return _Ran(outcomes, seconds, 1e3 * (after.policy_seconds - before.policy_seconds) / steps)
 
 
 def _capacity(engine: Engine, plan: Plan, cost: CostModel, vocabulary: int, progress: Progress | None) -> float:
     """Requests a second at full budget and continuous batching, when everything waits from the start."""
     policy = POLICIES.create("system-only", {"cost": cost, "ttft_ms": 1e9, "tpot_ms": 1e9, "patience": 1e9})
     jobs = saturating(plan.lengths, plan.mix, plan.seed)[: 4 * engine.limits.max_running]
-    load = Load("capacity", 1.0, jobs)
-    outcomes, seconds, _ = _run(engine, load, "full budget", policy, vocabulary, plan.seed, progress)
-    return len(outcomes) / seconds
+    ran = _run(engine, Load("capacity", 1.0, jobs), "full budget", policy, vocabulary, plan.seed, progress)
+    return len(ran.outcomes) / ran.seconds
 
 
 def _validation(

@@ -1,33 +1,34 @@
 """The one-time benchmark of an engine: times of steps of many kinds, from which the cost model is fitted.
 
 Steps are run by the engine that will serve, plan by plan. A *scene* is a batch of decoding requests of one context; in
-it steps of all budgets are measured, with and without pieces of prompts, each several times in turn, and the median
-counts. After every scene what was measured is kept, so that an interrupted benchmark goes on where it was. Knows no
-policy.
+it steps of all budgets are measured, with and without pieces of prompts. All scenes are gone through several times, in
+another order each time, and the median of a step's times counts: a machine that is slow for a while spoils one time of
+every step, not all times of one. After every scene what was measured is kept, so that an interrupted benchmark goes on
+where it was. Knows no policy.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from ..checkpoint.atomic import replace_file
 from ..elastic import full_budget
 from ..engine import Engine, FailedEvent, Generation, Sampling
 from ..engine.identity import ENGINE, machine_of
 from ..errors import PrismError
 from ..experts import find_expert_layers
 from ..scheduling import CostModel, Limits, Policy, Request, State, StepLoad, StepPlan
-from ..scheduling.cost_model import TERMS, fit_held_out
+from ..scheduling.cost_fit import fit_held_out
+from ..scheduling.step_load import TERMS
+from .partial import Partial
 
 Draws = np.random.Generator
 
@@ -41,8 +42,9 @@ class Grid:
         contexts: tokens of each before the scene begins, as far as all of them hold no more than ``held``.
         held: tokens; computing them takes most of the benchmark's time.
         pieces: prompt tokens of a step.
+        long_pieces: the same, measured without decoding requests only, as far as the model's context allows.
         shares: budgets, as shares of full budget; and two steps of budgets drawn at random, from these and from all.
-        repeats: times that each step is measured.
+        repeats: times that all scenes are gone through.
         seed: of prompts, random budgets, the order of scenes and the steps held out of the fit.
     """
 
@@ -50,33 +52,36 @@ class Grid:
     contexts: tuple[int, ...] = (32, 384)
     held: int = 4096
     pieces: tuple[int, ...] = (8, 32, 128, 256)
+    long_pieces: tuple[int, ...] = (1024,)
     shares: tuple[float, ...] = (1 / 16, 1 / 4, 1 / 2, 3 / 4, 1.0)
-    repeats: int = 3
+    repeats: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
-        numbers = (*self.batches, *self.contexts, *self.pieces, self.held, self.repeats)
+        numbers = (*self.batches, *self.contexts, *self.pieces, *self.long_pieces, self.held, self.repeats)
         if min(numbers) < 1 or not all(0 < share <= 1 for share in self.shares) or not self.batches:
             raise PrismError(
                 "batches, contexts, pieces, held and repeats must be 1 or more and shares in (0, 1], got "
-                f"{self.batches}, {self.contexts}, {self.pieces}, {self.held}, {self.repeats}, {self.shares}"
+                f"{self.batches}, {self.contexts}, {self.pieces}, {self.long_pieces}, {self.held}, {self.repeats}, "
+                f"{self.shares}"
             )
 
-    def scenes(self) -> list[tuple[int, int]]:
-        """(batch, context) in a random order, so that a machine that slows down does not look like a trend."""
+    def scenes(self) -> list[tuple[int, int, int]]:
+        """(turn, batch, context), all of one turn after the other, in a random order inside a turn."""
         found = [
             (batch, min(context, max(1, self.held // max(1, batch))))
             for batch in (0, *self.batches)
             for context in self.contexts
         ]
-        np.random.default_rng(self.seed).shuffle(found)
-        return found
+        rng = np.random.default_rng(self.seed)
+        return [(turn, *found[i]) for turn in range(self.repeats) for i in rng.permutation(len(found)).tolist()]
 
     @property
     def memory_tokens(self) -> int:
         """What the largest scene holds."""
-        steps = self.repeats * (len(self.shares) + 2) * (len(self.pieces) + 1)
-        return (max(self.batches) + 1) * (max(self.contexts) + steps + max(self.pieces) + 2)
+        steps = len(self.shares) + 2 + len(self.pieces)
+        room = (max(self.batches) + 1) * (max(self.contexts) + steps + max(self.pieces) + 2)
+        return max(room, max(self.long_pieces, default=0) + 1)
 
 
 class Step(NamedTuple):
@@ -119,34 +124,24 @@ class Profiler:
         limits = Limits(full, max(grid.batches) + 1, grid.memory_tokens)
         self.engine = Engine(model, self.script, limits)
         self._vocabulary = int(model.config.get_text_config().vocab_size)
+        self._longest = int(model.config.get_text_config().max_position_embeddings) - 1
         self._names = (f"p{i}" for i in count())
 
     def scene(self, batch: int, context: int) -> Iterator[tuple[StepLoad, float]]:
-        """Loads and median seconds of all steps of a scene."""
+        """Loads and seconds of all steps of a scene, each measured once; the loads are the same every time."""
         rng = np.random.default_rng((self.grid.seed, batch, context))
         steps = self._steps(batch, context, rng)
-        tokens = self.grid.repeats * len(steps) + 1
-        running = [self._submit(rng, context, tokens + 1) for _ in range(batch)]
+        running = [self._submit(rng, context, len(steps) + 2) for _ in range(batch)]
         for name in running:
             self._run(StepPlan((name,), {name: self.full}, {name: context}))
-        times: list[list[float]] = [[] for _ in steps]
-        loads: list[StepLoad] = []
-        so_far = context + 1
-        for turn in range(self.grid.repeats + 1):
-            for i, step in enumerate(steps if turn else steps[:1]):  # the first turn only warms up
-                seconds = self._measure(running, step, rng)
-                if not turn:
-                    continue
-                times[i].append(seconds)
-                if turn == self.grid.repeats // 2 + 1:
-                    pieces = ([step.piece], [step.k_active], [step.start]) if step.piece else ([], [], [])
-                    loads.append(self.cost.load(step.budgets, float(batch * so_far), *pieces))
-                so_far += 1
+        self._measure(running, steps[0], rng)  # only warms up
+        for so_far, step in enumerate(steps, start=context + 2):
+            pieces = ([step.piece], [step.k_active], [step.start]) if step.piece else ([], [], [])
+            load = self.cost.load(step.budgets, float(batch * so_far), *pieces)
+            yield load, self._measure(running, step, rng)
         for name in running:
             self.engine.cancel(name)
         self.engine.step()
-        for load, measured in zip(loads, times, strict=True):
-            yield load, float(np.median(measured))
 
     def _steps(self, batch: int, context: int, rng: Draws) -> list[Step]:
         budgets = [max(1, round(share * self.full)) for share in self.grid.shares]
@@ -160,6 +155,9 @@ class Profiler:
             else:
                 steps += [Step((), piece, 0, k) for k in budgets]
                 steps += [Step((), piece, context, int(k)) for k in rng.choice(budgets, 2, replace=False)]
+        if not batch and context == min(self.grid.contexts):
+            long = [piece for piece in self.grid.long_pieces if piece <= self._longest]
+            steps += [Step((), piece, 0, k) for piece in long for k in budgets]
         return steps
 
     def _measure(self, running: list[str], step: Step, rng: Draws) -> float:
@@ -210,23 +208,27 @@ def profile_cost(
         PrismError: the grid does not fit the model's context.
     """
     identity = {"engine": ENGINE, "machine": machine_of(model), "checkpoint": checkpoint}
-    asked = json.loads(json.dumps({"grid": asdict(grid), **identity}))
-    done = _read(partial, asked)
+    done = Partial(partial, {"grid": asdict(grid), **identity})
     profiler = Profiler(model, grid)
     scenes = grid.scenes()
-    for number, (batch, context) in enumerate(scenes):
+    for number, (turn, batch, context) in enumerate(scenes):
         if progress is not None:
             progress("measuring steps", number, len(scenes))
-        if f"{batch},{context}" not in done:
-            done[f"{batch},{context}"] = [[*load, seconds] for load, seconds in profiler.scene(batch, context)]
-            replace_file(partial, json.dumps({**asked, "scenes": done}).encode())
+        if f"{turn},{batch},{context}" not in done:
+            found = [[*load, seconds] for load, seconds in profiler.scene(batch, context)]
+            done[f"{turn},{batch},{context}"] = found
     if progress is not None:
         progress("measuring steps", len(scenes), len(scenes))
-    rows = [row for batch, context in scenes for row in done[f"{batch},{context}"]]
+    loads: list[StepLoad] = []
+    seconds: list[float] = []
+    for _, batch, context in scenes[: len(scenes) // grid.repeats]:
+        turns = np.array([done[f"{turn},{batch},{context}"] for turn in range(grid.repeats)])
+        loads += [StepLoad(*row) for row in turns[0, :, :-1].tolist()]
+        seconds += np.median(turns[:, :, -1], axis=0).tolist()
     held = profiler.engine.key_value_bytes
-    found = fit_held_out(
-        [StepLoad(*row[:-1]) for row in rows],
-        [row[-1] for row in rows],
+    model_of_cost = fit_held_out(
+        loads,
+        seconds,
         seed=grid.seed,
         full_budget=profiler.full,
         sub_experts=profiler.sub_experts,
@@ -234,14 +236,5 @@ def profile_cost(
         fixed_bytes=sum(p.nbytes for p in (*model.parameters(), *model.buffers())),
         **identity,
     )
-    partial.unlink(missing_ok=True)
-    return found
-
-
-def _read(partial: Path, asked: dict[str, Any]) -> dict[str, list[list[float]]]:
-    try:
-        found = json.loads(partial.read_bytes())
-        scenes: dict[str, list[list[float]]] = found.pop("scenes")
-    except (OSError, ValueError, KeyError):
-        return {}
-    return scenes if found == asked else {}
+    done.finish()
+    return model_of_cost

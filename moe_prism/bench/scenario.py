@@ -35,7 +35,7 @@ class Scenario:
 
     Attributes:
         floors: shares of full budget, and the weight of each.
-        policies: names; all registered ones if empty.
+        policies: names; all registered ones if empty. ``NAME@LOAD+LOAD`` runs on these loads only.
         lanes: see ``scheduling.simulator.Router``.
     """
 
@@ -85,11 +85,11 @@ def run_simulation(
     plan = plan_of(scenario, cost.full_budget)
     loads = offered(plan, cost, admission, scenario.replicas)
     options: dict[str, Any] = {"replicas": scenario.replicas, "lanes": scenario.lanes, "repeat": scenario.repeat}
-    figures = compare(loads, policies, cost, admission, kl=kl_of(points), progress=progress, **options)
+    wanted = {load.name: {n: p for n, p in policies.items() if runs_on(scenario, n, load.name)} for load in loads}
+    figures = compare(loads, wanted, cost, admission, kl=kl_of(points), progress=progress, **options)
     lengths = np.array(plan.lengths, dtype=float)
     about = {
         **{name: str(value) if isinstance(value, Path) else value for name, value in asdict(scenario).items()},
-        "policies": list(policies),
         "full_budget": cost.full_budget,
         "engine": cost.engine,
         "machine": cost.machine,
@@ -121,8 +121,30 @@ def points_of(scenario: Scenario) -> OperatingPoints | None:
 
 
 def policies_of(scenario: Scenario, cost: CostModel) -> dict[str, Policy]:
-    """Objectives of the workload are those of its requests, so policies keep their own defaults."""
-    return {name: POLICIES.create(name, {"cost": cost}) for name in scenario.policies or sorted(POLICIES)}
+    """Objectives of the workload are those of its requests, so policies keep their own defaults.
+
+    Raises:
+        PrismError: an unknown policy, or one on a load that is not there.
+    """
+    there = {*scenario.loads, *(("trace",) if scenario.trace else ())}
+    for asked in scenario.policies:
+        unknown = set(_loads_of(asked)) - there
+        if unknown:
+            raise PrismError(
+                f"policy {asked!r} is to run on {', '.join(unknown)}; loads are {', '.join(sorted(there))}"
+            )
+    wanted = dict.fromkeys(asked.partition("@")[0] for asked in scenario.policies)
+    return {name: POLICIES.create(name, {"cost": cost}) for name in wanted or sorted(POLICIES)}
+
+
+def runs_on(scenario: Scenario, name: str, load: str) -> bool:
+    """Whether a policy is to run on a load."""
+    mine = [_loads_of(asked) for asked in scenario.policies if asked.partition("@")[0] == name]
+    return not mine or any(not loads or load in loads for loads in mine)
+
+
+def _loads_of(asked: str) -> list[str]:
+    return [load for load in asked.partition("@")[2].split("+") if load]
 
 
 def plan_of(scenario: Scenario, full_budget: int) -> Plan:

@@ -29,7 +29,7 @@ def offered(plan: Plan, cost: CostModel, admission: Admission, replicas: int = 1
 
 def compare(
     loads: Sequence[Load],
-    policies: Mapping[str, Policy],
+    policies: Mapping[str, Mapping[str, Policy]],
     cost: CostModel,
     admission: Admission,
     *,
@@ -41,7 +41,7 @@ def compare(
 
     Args:
         loads: what is offered.
-        policies: by name.
+        policies: load -> name -> policy.
         cost: what a step takes.
         admission: limits, and what happens to hopeless objectives.
         kl: see ``summarise``.
@@ -50,7 +50,7 @@ def compare(
     """
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for load in loads:
-        for name, policy in policies.items():
+        for name, policy in policies[load.name].items():
 
             def tell(done: int, total: int, stage: str = f"{load.name}, {name}") -> None:
                 if progress is not None:

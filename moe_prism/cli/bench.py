@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .console import Dtype, bars, out
+from .scenario import scenario_of, show
 
 bench = typer.Typer(help="Measure on the real engine.", no_args_is_help=True)
 
@@ -21,7 +22,9 @@ def _group() -> None:
 def schedule(
     checkpoint: Annotated[Path, typer.Argument(help="Elastic checkpoint with a cost model of this machine.")],
     trace: Annotated[Path | None, typer.Option(help="CSV: TIMESTAMP, ContextTokens, GeneratedTokens.")] = None,
-    policies: Annotated[str, typer.Option(help="With commas between; all by default.")] = "",
+    policies: Annotated[
+        str, typer.Option(help="With commas between; all by default. NAME@LOAD+LOAD runs on these loads only.")
+    ] = "",
     loads: Annotated[str, typer.Option(help="Multiples of what full budget sustains.")] = "low=0.3,medium=0.7,high=1.5",
     trace_load: Annotated[float, typer.Option(help="Mean load of the trace, the same multiple.")] = 1.5,
     seconds: Annotated[float, typer.Option(help="How long requests come in each run.")] = 12.0,
@@ -37,25 +40,22 @@ def schedule(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Write pictures into this folder.")] = None,
 ) -> None:
-    """Compare policies under open-loop load on the engine, with the simulator beside it.
+    """Compare policies under open-loop load on the engine, with the simulator beside it. It goes on if interrupted.
 
     Example: moe-prism bench schedule olmoe-elastic --json schedule.json
     """
     from ..bench.measured import run_measurement
-    from ..bench.scenario import Scenario
-    from ..bench.tables import load_tables
     from ..checkpoint.read import open_checkpoint
-    from .simulate import parse_mix, parse_numbers
 
-    scenario = Scenario(
+    scenario = scenario_of(
         checkpoint=checkpoint,
         trace=trace,
-        policies=[name.strip() for name in policies.split(",") if name.strip()],
-        loads=parse_numbers("--loads", loads),
+        policies=policies,
+        loads=loads,
         trace_load=trace_load,
         seconds=seconds,
         length_scale=length_scale,
-        floors=parse_mix(floors),
+        floors=floors,
         ttft_ms=ttft_ms,
         tpot_ms=tpot_ms,
         max_running=max_running,
@@ -71,17 +71,9 @@ def schedule(
     quiet()
     model = load_elastic(checkpoint, dtype=compute_dtype(dtype), verify=False)
     cost = load_cost_model(opened, engine=ENGINE, machine=machine_of(model))
+    partial = checkpoint.with_name(f".{checkpoint.resolve().name}.bench-schedule.json")
     with bars({}) as tell:
-        record = run_measurement(scenario, model, cost, rounds, tell)
-    for table in load_tables(record):
-        out.print(table)
+        record = run_measurement(scenario, model, cost, rounds, tell, partial)
+    show(record, cost, json_file, plots)
     for name, value in record["targets"].items():
         out.print(f"{name}: {value:.3g}")
-    if json_file:
-        from ..bench.results import write_results
-
-        write_results(json_file, record)
-    if plots:
-        from ..bench.plots import write_plots
-
-        write_plots(plots, record, cost)

@@ -13,7 +13,7 @@ from .console import Dtype, bars, out
 def profile_cost(
     checkpoint: Annotated[Path, typer.Argument(help="Elastic checkpoint.")],
     max_batch: Annotated[int, typer.Option(min=1, help="Most requests that decode at once.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Times that each step is measured; the median counts.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that each step is measured; the median counts.")] = 5,
     seed: Annotated[int, typer.Option(help="Of prompts, order and the steps held out of the fit.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights in memory, as it will serve.")] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the cost model here as well.")] = None,

@@ -8,31 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from .console import bars, out
-
-
-def parse_numbers(option: str, text: str) -> dict[str, float]:
-    """``"low=0.3,high=1.5"`` -> names and numbers; raises PrismError for anything else."""
-    from ..errors import PrismError
-
-    found: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, number = part.partition("=")
-        try:
-            found[name.strip()] = float(number)
-        except ValueError:
-            raise PrismError(f"{option} must be names and numbers such as low=0.3,high=1.5; got {text!r}") from None
-    return found
-
-
-def parse_mix(text: str) -> tuple[list[float], list[float]]:
-    """``"0.25=0.4,1=0.6"`` -> floors and their weights; raises PrismError for anything else."""
-    from ..errors import PrismError
-
-    try:
-        pairs = {float(floor): weight for floor, weight in parse_numbers("--floors", text).items()}
-    except ValueError:
-        raise PrismError(f"--floors must be shares with weights such as 0.25=0.4,1=0.6; got {text!r}") from None
-    return list(pairs), list(pairs.values())
+from .scenario import scenario_of, show
 
 
 def simulate(
@@ -42,7 +18,9 @@ def simulate(
     cost: Annotated[Path | None, typer.Option(help="Cost model file instead of the checkpoint's.")] = None,
     points: Annotated[Path | None, typer.Option(help="operating_points.json instead of the checkpoint's.")] = None,
     trace: Annotated[Path | None, typer.Option(help="CSV: TIMESTAMP, ContextTokens, GeneratedTokens.")] = None,
-    policies: Annotated[str, typer.Option(help="With commas between; all by default.")] = "",
+    policies: Annotated[
+        str, typer.Option(help="With commas between; all by default. NAME@LOAD+LOAD runs on these loads only.")
+    ] = "",
     loads: Annotated[str, typer.Option(help="Multiples of what full budget sustains.")] = "low=0.3,medium=0.7,high=1.5",
     trace_load: Annotated[float, typer.Option(help="Mean load of the trace, the same multiple.")] = 1.5,
     seconds: Annotated[float, typer.Option(help="How long Poisson arrivals come.")] = 300.0,
@@ -70,22 +48,22 @@ def simulate(
 
     Example: moe-prism simulate olmoe-elastic --trace azure-llm-2023-conv.csv --json simulate.json
     """
-    from ..bench.scenario import Scenario, run_simulation
-    from ..bench.tables import ablation_table, load_tables
+    from ..bench.scenario import run_simulation
+    from ..bench.tables import ablation_table
     from .sweep import parse_budgets
 
-    scenario = Scenario(
+    scenario = scenario_of(
         checkpoint=checkpoint,
         cost=cost,
         points=points,
         trace=trace,
-        policies=[name.strip() for name in policies.split(",") if name.strip()],
-        loads=parse_numbers("--loads", loads),
+        policies=policies,
+        loads=loads,
         trace_load=trace_load,
         seconds=seconds,
         length_scale=length_scale,
         requests=requests,
-        floors=parse_mix(floors),
+        floors=floors,
         ttft_ms=ttft_ms,
         tpot_ms=tpot_ms,
         max_running=max_running,
@@ -99,16 +77,7 @@ def simulate(
     )
     with bars({}) as tell:
         record, model = run_simulation(scenario, tell)
-    for table in load_tables(record):
-        out.print(table)
+    show(record, model, json_file, plots)
     ablation = ablation_table(record)
     if ablation is not None:
         out.print(ablation)
-    if json_file:
-        from ..bench.results import write_results
-
-        write_results(json_file, record)
-    if plots:
-        from ..bench.plots import write_plots
-
-        write_plots(plots, record, model)

@@ -23,6 +23,7 @@ from .compensation import Recalibration
 from .cpu_selection import select, select_all
 from .dial import Dial, Limiter, StepBudgets
 from .executors import NeuronRule, choose_executor
+from .executors.choice import What
 from .ladder import LadderPlan, run_ladder
 from .selection import (
     Selection,
@@ -143,7 +144,11 @@ def run_budgets(
         if step.means is not None:
             step = _share(state, step, scores.values, top_k_weights, valid)
     look, neurons = (step, None) if step is None else state.dial.spend(step)
-    executor = choose_executor(state.dial.executor, module, hidden_states, top_k_index.shape[1], neurons is not None)
+    runs: float = index.numel()
+    if step is not None and hidden_states.device.type == "cpu":  # elsewhere it decides nothing
+        runs = int(step.k_active.sum()) / n
+    what: What = "experts" if step is None else "parts" if neurons is None else "neurons"
+    executor = choose_executor(state.dial.executor, module, hidden_states, runs, what)
     if step is None and not executor.runs_full:
         own: Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
         return own

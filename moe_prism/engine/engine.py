@@ -13,52 +13,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from ..errors import PrismError
-from ..scheduling import Admission, Limits, Policy, Running, State, StepPlan
+from ..scheduling import Admission, Limits, Policy, State, StepPlan
 from ..scheduling.requests import memory_of
-from .attention import Span
 from .memory import Memory
+from .parts import Active, Part, parts_of, run_parts
 from .requests import EngineStats, FailedEvent, Generation, TokenEvent, check_tokens
 from .runner import Runner, require_room
-from .sampling import Chosen, Sampler, choose
+from .sampling import Chosen, Sampler
 
 Event = TokenEvent | FailedEvent
-
-
-@dataclass
-class _Active:
-    """An admitted request."""
-
-    generation: Generation
-    sampler: Sampler
-    prefilled: int = 0
-    generated: int = 0
-    token: int = 0
-    first_token: float | None = None
-    budget: int = 0
-
-    @property
-    def in_prompt(self) -> bool:
-        """Whether its prompt is not all computed."""
-        return self.prefilled < self.generation.request.prompt_tokens
-
-    def running(self) -> Running:
-        """As a policy sees it."""
-        return Running(self.generation.request, self.prefilled, self.generated, self.first_token, self.budget)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What a request computes in a step; ``drawn``: a token comes of it."""
-
-    active: _Active
-    tokens: NDArray[np.int64]
-    before: int
-    drawn: bool
 
 
 @dataclass
@@ -113,7 +79,7 @@ class Engine:
         self._admission = Admission(policy.cost, limits, hopeless)
         self._memory = Memory(limits.memory_tokens)
         self._waiting: dict[str, Generation] = {}
-        self._running: dict[str, _Active] = {}
+        self._running: dict[str, Active] = {}
         self._inbox = _Inbox()
         self._known: set[str] = set()
         self._admitted = 0
@@ -215,9 +181,9 @@ class Engine:
         try:
             for id in plan.admit:
                 self._admit(id)
-            parts = self._parts(plan)
+            parts = parts_of(plan, self._running)
             ran = -time.perf_counter()
-            chosen = self._run(parts, plan.budgets, plan.cap)
+            chosen = run_parts(parts, plan.budgets, plan.cap, self._runner, self._memory)
             ran += time.perf_counter()
             events = self._advance(parts, plan.budgets, chosen)
         except Exception as error:
@@ -264,43 +230,10 @@ class Engine:
         for move in self._memory.reserve(id, memory_of(generation.request)):
             moved = self._running[move.id]
             self._runner.memory.move(move.source, move.target, moved.prefilled + max(0, moved.generated - 1))
-        self._running[id] = _Active(self._waiting.pop(id), Sampler(generation.sampling))
+        self._running[id] = Active(self._waiting.pop(id), Sampler(generation.sampling))
         self._admitted += 1
 
-    def _parts(self, plan: StepPlan) -> list[_Part]:
-        """Who computes what: requests that decode first."""
-        decoding, prompts = [], []
-        for id in plan.budgets:
-            active = self._running[id]
-            before, left = active.prefilled, active.generation.request.prompt_tokens - active.prefilled
-            if left:
-                count = min(left, plan.prefill[id])
-                piece = np.array(active.generation.prompt[before : before + count], dtype=np.int64)
-                prompts.append(_Part(active, piece, before, count == left))
-            else:
-                token = np.array([active.token], dtype=np.int64)
-                decoding.append(_Part(active, token, before + active.generated - 1, True))
-        return decoding + prompts
-
-    def _run(self, parts: list[_Part], budgets: Mapping[str, int], cap: int | None) -> list[Chosen]:
-        """One forward pass and a token for every part that ends in one; a cap is for those that decode."""
-        spans, last, first = [], [], 0
-        for part in parts:
-            start = self._memory.start(part.active.generation.request.id)
-            spans.append(Span(first, len(part.tokens), start, part.before))
-            first += len(part.tokens)
-            if part.drawn:
-                last.append(first - 1)
-        tokens = np.concatenate([part.tokens for part in parts])
-        each = [budgets[part.active.generation.request.id] for part in parts]
-        floors = [
-            k if part.active.in_prompt else part.active.generation.request.k_min
-            for part, k in zip(parts, each, strict=True)
-        ]
-        logits = self._runner.forward(tokens, spans, each, last, floors, cap)
-        return choose([part.active.sampler for part in parts if part.drawn], logits)
-
-    def _advance(self, parts: list[_Part], budgets: Mapping[str, int], chosen: list[Chosen]) -> list[Event]:
+    def _advance(self, parts: list[Part], budgets: Mapping[str, int], chosen: list[Chosen]) -> list[Event]:
         """Book what was computed."""
         now = self.clock()
         events: list[Event] = []

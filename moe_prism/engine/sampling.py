@@ -44,8 +44,8 @@ class Sampler:
         return self._generator is None
 
     def draw(self, logits: Tensor) -> int:
-        """A token from fp32 ``[V]``."""
-        scores = logits[None] / self.sampling.temperature
+        """A token from fp32 ``[V]``; in double, and with the largest at 0: no temperature above 0 overflows."""
+        scores = (logits.double() - logits.max())[None] / self.sampling.temperature
         if self._top_p is not None:
             scores = self._top_p(None, scores)
         return int(torch.multinomial(scores.softmax(-1).cpu(), 1, generator=self._generator))

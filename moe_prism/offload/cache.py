@@ -7,7 +7,7 @@ it was read for has said what it needs: such a block goes only for one that some
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,6 +35,7 @@ class BlockCache:
     held: set[int] = field(default_factory=set, init=False)
     promised: set[int] = field(default_factory=set, init=False)
     _empty: list[int] = field(init=False, repr=False)
+    _next: list[int] = field(default_factory=list, init=False, repr=False)  # to be evicted, the last one first
     _loading: set[int] = field(default_factory=set, init=False, repr=False)
     _block: NDArray[np.int64] = field(init=False, repr=False)  # in each slot
     _busy: NDArray[np.bool_] = field(init=False, repr=False)  # held or loading, by slot
@@ -54,10 +55,11 @@ class BlockCache:
         """Whether a block is being read."""
         return block in self._loading
 
-    def hold(self, blocks: Iterable[int]) -> None:
+    def hold(self, blocks: Collection[int]) -> None:
         """Keep blocks from being evicted, now or once they are in memory."""
+        self.held.update(blocks)
+        self._next = [block for block in self._next if block not in self.held]  # a used block is worth more again
         for block in blocks:
-            self.held.add(block)
             self._mark(block)
 
     def let_go(self, block: int) -> None:
@@ -73,13 +75,10 @@ class BlockCache:
             ahead: nobody waits for it yet, so it takes no place that is promised to another.
         """
         if not self._empty:
-            candidates = self._block[~self._busy]
-            if self.promised:
-                others = candidates[~np.isin(candidates, list(self.promised))]
-                candidates = others if ahead or len(others) else candidates
-            if not len(candidates):
+            victim = self._victim(ahead)
+            if victim is None:
                 return None
-            self.remove(self.rule.victim(candidates))
+            self.remove(victim)
         slot = self._empty.pop()
         self.place[block], self._block[slot] = slot, block
         self._loading.add(block)
@@ -87,6 +86,23 @@ class BlockCache:
             self.promised.add(block)
         self._mark(block)
         return slot
+
+    def _victim(self, ahead: bool) -> int | None:
+        """The block to evict. Looking at all of them takes long, so some are chosen at once for the next calls."""
+        while self._next:
+            block = self._next.pop()
+            slot = self.place.get(block)
+            if slot is not None and not self._busy[slot] and block not in self.promised:
+                return block
+        candidates = self._block[~self._busy]
+        if self.promised:
+            others = candidates[~np.isin(candidates, list(self.promised))]
+            candidates = others if ahead or len(others) else candidates
+        if not len(candidates):
+            return None
+        order = np.argsort(self.rule.keep(candidates), kind="stable")[: self.rule.at_once]
+        self._next = candidates[order[::-1]].tolist()
+        return self._next.pop()
 
     def rehearse(self, blocks: Sequence[int], values: Sequence[float], now: float) -> int:
         """A step in which every read takes no time: bookkeeping for plans; returns the blocks that were not there.

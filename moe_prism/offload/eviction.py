@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,13 @@ Values = NDArray[np.float64]
 
 
 class EvictionRule(ABC):
-    """Base of all rules; an instance belongs to one cache."""
+    """Base of all rules; an instance belongs to one cache.
+
+    Attributes:
+        at_once: victims that may be chosen together: what is used meanwhile becomes worth more, and is taken out.
+    """
+
+    at_once: ClassVar[int] = 16
 
     @abstractmethod
     def used(self, blocks: Blocks, values: Values, now: float) -> None:
@@ -34,8 +41,8 @@ class EvictionRule(ABC):
         """
 
     @abstractmethod
-    def victim(self, candidates: Blocks) -> int:
-        """The one of some resident blocks that is evicted."""
+    def keep(self, candidates: Blocks) -> Values:
+        """How much each of some resident blocks is worth keeping; the one with the least is evicted."""
 
 
 EVICTION: Registry[EvictionRule] = Registry("eviction rule")
@@ -61,10 +68,10 @@ class LeastRecentlyUsed(EvictionRule):
         self._last[blocks] = self._uses + 1 + np.arange(len(blocks))
         self._uses += len(blocks)
 
-    def victim(self, candidates: Blocks) -> int:
-        """See ``EvictionRule.victim``; blocks that were read ahead and never used go first."""
+    def keep(self, candidates: Blocks) -> Values:
+        """See ``EvictionRule.keep``; blocks that were read ahead and never used go first."""
         self._last = _fitted(self._last, candidates)
-        return int(candidates[self._last[candidates].argmin()])
+        return self._last[candidates]
 
 
 @dataclass
@@ -111,9 +118,9 @@ class LeastFrequentlyUsed(EvictionRule):
         self._now = now
         self._uses.add(blocks, 1.0, now)
 
-    def victim(self, candidates: Blocks) -> int:
-        """See ``EvictionRule.victim``."""
-        return int(candidates[self._uses.of(candidates, self._now).argmin()])
+    def keep(self, candidates: Blocks) -> Values:
+        """See ``EvictionRule.keep``."""
+        return self._uses.of(candidates, self._now)
 
 
 @EVICTION.register("gate-aware")
@@ -164,12 +171,13 @@ class FrequentRecent(EvictionRule):
         self._long.add(blocks, 1.0, now)
         self._short.add(blocks, 1.0, now)
 
-    def victim(self, candidates: Blocks) -> int:
-        """See ``EvictionRule.victim``."""
+    def keep(self, candidates: Blocks) -> Values:
+        """See ``EvictionRule.keep``."""
         # A sum divided by the sum of all its weights is the mean.
         share = (1 - 0.5 ** (1 / self.short_life)) / (1 - 0.5 ** (1 / self.half_life))
         often = self._long.of(candidates, self._now)
-        return int(candidates[(often + self.recency * share * self._short.of(candidates, self._now)).argmin()])
+        kept: Values = often + self.recency * share * self._short.of(candidates, self._now)
+        return kept
 
 
 @EVICTION.register("belady")
@@ -180,6 +188,8 @@ class Belady(EvictionRule):
     Attributes:
         trace: the uses to come, in order.
     """
+
+    at_once: ClassVar[int] = 1  # what was just used may be what is used again last
 
     trace: Sequence[int] = ()
     _next: dict[int, deque[int]] = field(default_factory=lambda: defaultdict(deque), init=False, repr=False)
@@ -196,11 +206,7 @@ class Belady(EvictionRule):
                 raise PrismError(f"block {block} was used more often than the trace says; record the trace anew")
             uses.popleft()
 
-    def victim(self, candidates: Blocks) -> int:
-        """See ``EvictionRule.victim``."""
-
-        def away(block: int) -> float:
-            uses = self._next[block]
-            return uses[0] if uses else float("inf")
-
-        return max(map(int, candidates), key=away)
+    def keep(self, candidates: Blocks) -> Values:
+        """See ``EvictionRule.keep``: the sooner the next use, the more."""
+        uses = [self._next[block] for block in candidates.tolist()]
+        return -np.array([waiting[0] if waiting else np.inf for waiting in uses], np.float64)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..elastic.executors import EXECUTORS, Executor, NeuronRule
 from ..elastic.executors.bias import add_gate_up_bias
-from ..elastic.kernels import add_rows, multiply_rows
+from ..elastic.kernels import add_rows, gated_blocks, multiply_rows
 from ..elastic.selection import Selection
+from ..experts.neurons import is_plain
 from .manager import Manager, Ready
 from .predict import Predictor
 
@@ -71,6 +72,8 @@ class OffloadExecutor(Executor):
     def run(self, module: nn.Module, x: Tensor, selection: Selection, n: int, computed: Tensor | None = None) -> Tensor:
         """See ``Executor.run``; ``computed`` is None, since no gate of an offloaded model reads neurons."""
         blocks = _required(module)
+        if x.device.type == "cpu" and is_plain(module):
+            return _run_plain(blocks, x, _by_sub_expert(selection, n, blocks.num_sub_experts))
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         selection = Selection(*(values.cpu() for values in selection))  # which block is where is the host's business
         for part in _parts(_by_sub_expert(selection, n, blocks.num_sub_experts), blocks, x.shape[1]):
@@ -108,6 +111,23 @@ class OffloadExecutor(Executor):
                 outputs[ready.at.to(x.device)] = ready.down(hidden[(ready.at + part.begin).to(x.device)])
             out.index_add_(0, part.pairs.token.to(x.device), outputs)
         return out.to(x.dtype)
+
+
+def _run_plain(blocks: LayerBlocks, x: Tensor, selection: Selection) -> Tensor:
+    """``OffloadExecutor.run`` by one compiled call for all blocks that are there."""
+    rows = blocks.manager.tier.rows()
+    if isinstance(rows, Tensor):  # a device that is the CPU: in tests
+        rows = rows.view(torch.int16).numpy().view(np.uint16) if rows.dtype != torch.float32 else rows.numpy()
+    tokens, size = x.float().contiguous(), blocks.manager.layout.neurons
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    for part in _parts(selection, blocks, x.shape[1]):
+        token, weight = part.pairs.token, part.pairs.weight.float().numpy()
+        outputs = torch.empty(len(token), x.shape[1])
+        for batch in part.batches(x):
+            at, starts, first = part.places(batch)
+            gated_blocks(rows, tokens.numpy(), token.numpy(), weight, at, starts, first, size, outputs.numpy())
+        out.index_add_(0, token, outputs)
+    return out.to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -174,22 +194,31 @@ class _Part:
     starts: NDArray[np.int64]
 
     def as_they_come(self, x: Tensor | None) -> Iterator[_Group]:
-        """Groups of pairs, those in memory first; with ``x`` the next layer's blocks are read ahead meanwhile."""
-        manager, sub_expert = self.blocks.manager, self.pairs.sub_expert
-        numbers = (sub_expert[self.starts[:-1]] + self.blocks.first).tolist()
-        values = np.add.reduceat(self.pairs.weight.float().numpy(), self.starts[:-1]).tolist()
+        """Groups of pairs; see ``batches``."""
+        for batch in self.batches(x):
+            at, starts, first = self.places(batch)
+            pairs = torch.from_numpy(at)
+            yield _Group(self.blocks, Selection(*(values[pairs] for values in self.pairs)), pairs, starts, first)
+
+    def batches(self, x: Tensor | None) -> Iterator[list[Ready]]:
+        """Blocks, those in memory first; with ``x`` the next layer's are read ahead meanwhile."""
+        manager = self.blocks.manager
+        begins = self.starts[:-1]
+        numbers = (self.pairs.sub_expert.numpy()[begins] + self.blocks.first).tolist()
+        values = np.add.reduceat(self.pairs.weight.float().numpy(), begins)
         with manager.step(numbers, values) as step:
             if x is not None and self.blocks.predictor is not None:
                 manager.read_ahead(self.blocks.predictor.blocks(x, len(self.pairs.token)))
-            for batch in step:
-                yield self._group(batch)
+            yield from step
 
-    def _group(self, batch: list[Ready]) -> _Group:
-        runs = [np.arange(self.starts[ready.position], self.starts[ready.position + 1]) for ready in batch]
-        at = torch.from_numpy(np.concatenate(runs))
-        starts = np.concatenate([[0], np.cumsum([len(run) for run in runs])]).astype(np.int64)
-        first = np.array([ready.slot for ready in batch]) * self.blocks.manager.tier.rows_per_slot
-        return _Group(self.blocks, Selection(*(values[at] for values in self.pairs)), at, starts, first)
+    def places(self, batch: list[Ready]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Positions of the blocks' pairs in the part, where each block's begin among them, its first row."""
+        position, slot = np.array(batch).T
+        begin = self.starts[position]
+        starts = np.zeros(len(batch) + 1, np.int64)
+        np.cumsum(self.starts[position + 1] - begin, out=starts[1:])
+        at = np.arange(starts[-1]) + np.repeat(begin - starts[:-1], np.diff(starts))
+        return at, starts, slot * self.blocks.manager.tier.rows_per_slot
 
 
 def _parts(selection: Selection, blocks: LayerBlocks, hidden: int) -> Iterator[_Part]:

@@ -151,7 +151,9 @@ def _copied(path: Path, dtype: str | torch.dtype) -> dict[str, Tensor]:
     """
     tensors = {}
     with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - it is no dictionary
+        names = list(file.keys())
+    for name in names:
+        with safe_open(path, "pt") as file:  # anew each time: the pages of the former tensor are given back
             tensor = file.get_tensor(name)
             kind = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, tensor.dtype)
             tensors[name] = tensor.to(kind if tensor.is_floating_point() else tensor.dtype, copy=True)

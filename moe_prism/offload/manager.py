@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import PrismError
 from .cache import BlockCache
@@ -98,7 +99,7 @@ class Manager:
         """Whether a block is in memory or on its way; safe without the lock, since it promises nothing."""
         return block in self.cache.place
 
-    def step(self, blocks: Sequence[int], values: Sequence[float]) -> Step:
+    def step(self, blocks: Sequence[int], values: Sequence[float] | NDArray[np.floating]) -> Step:
         """Begin a step: holds what is in memory, asks for the rest.
 
         Args:

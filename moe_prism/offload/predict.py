@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..elastic.layer import ElasticLayer
-from ..elastic.selection import best, first_candidates, pooled_scores
+from ..elastic.selection import pooled_scores
 from ..experts import ExpertLayer
 
 # With many tokens a layer wants most of its blocks anyway, and the guess would cost more than it saves.
@@ -47,12 +48,13 @@ class Predictor:
         weights, index = self.routed(x)
         n = self.state.num_sub_experts
         scores = self.state.gate.score(self.layer.module, self.state.on(x.device), x, index, n)
-        pooled = pooled_scores(scores.values, weights, self.state.gate.weighted)
-        budgets = torch.full((len(x),), -(-pairs // len(x)))
-        chosen = best(pooled, first_candidates(pooled, weights), budgets)
-        token, slot, part = chosen.nonzero(as_tuple=True)
-        order = pooled[token, slot, part].argsort(descending=True)
-        return list(dict.fromkeys((self.first + index[token, slot] * n + part)[order].tolist()))
+        pooled = pooled_scores(scores.values, weights, self.state.gate.weighted).flatten(1).cpu().numpy()
+        blocks = (self.first + index.cpu().numpy()[:, :, None] * n + np.arange(n)).reshape(len(x), -1)
+        order = np.argsort(-pooled, axis=1, kind="stable")[:, : -(-pairs // len(x))]
+        named = np.take_along_axis(blocks, order, 1).flatten()
+        if len(x) > 1:
+            named = named[np.argsort(-np.take_along_axis(pooled, order, 1).flatten(), kind="stable")]
+        return list(dict.fromkeys(named.tolist()))
 
     def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Routing weights and experts ``[T, k]`` that the layer's router would give this input."""

@@ -1,12 +1,14 @@
 """The cost model of an elastic checkpoint: ``moe_prism/cost_model.json``, and the same record as a file of its own.
 
-Knows nothing of what the numbers mean.
+Knows nothing of how the numbers came about.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.atomic import replace_file
 from ..checkpoint.read import ElasticCheckpoint, open_checkpoint
@@ -14,6 +16,9 @@ from ..checkpoint.schema import COST_MODEL_FILE
 from ..checkpoint.write import update_checkpoint
 from ..errors import PrismError
 from .cost_model import CostModel
+from .step_load import TERMS, MeasuredStep, StepLoad
+
+VERSION = 2
 
 
 def save_cost_model(checkpoint: ElasticCheckpoint, model: CostModel) -> None:
@@ -65,17 +70,48 @@ def write_cost_model(path: Path, model: CostModel) -> None:
     replace_file(path, _encode(model))
 
 
+def to_record(model: CostModel) -> dict[str, Any]:
+    """A cost model as plain JSON values."""
+    record = {f.name: getattr(model, f.name) for f in fields(model) if f.init}
+    record["coefficients"] = dict(zip(TERMS, model.coefficients, strict=True))
+    steps = [{**m.load._asdict(), "seconds": m.seconds, "held_out": m.held_out} for m in model.measured]
+    return {"version": VERSION, **record, "measured": steps}
+
+
+def from_record(value: Any) -> CostModel:
+    """The inverse; raises PrismError for another version or a damaged record."""
+    if not isinstance(value, dict) or value.get("version") != VERSION:
+        got = value.get("version") if isinstance(value, dict) else type(value).__name__
+        raise PrismError(f"cost model version must be {VERSION}, got {got!r}; run `moe-prism profile-cost` again")
+    record = {name: item for name, item in value.items() if name != "version"}
+    try:
+        if set(record["coefficients"]) != set(TERMS):
+            raise KeyError(f"its terms are {', '.join(record['coefficients'])}")
+        record["coefficients"] = tuple(float(record["coefficients"][name]) for name in TERMS)
+        record["measured"] = tuple(_step(dict(step)) for step in record["measured"])
+        return CostModel(**record)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, PrismError):
+            raise
+        raise PrismError(f"the cost model is damaged ({error}); run `moe-prism profile-cost` again") from None
+
+
+def _step(record: dict[str, Any]) -> MeasuredStep:
+    seconds, held_out = float(record.pop("seconds")), bool(record.pop("held_out"))
+    return MeasuredStep(StepLoad(**{name: float(value) for name, value in record.items()}), seconds, held_out)
+
+
 def _check(model: CostModel, checkpoint: ElasticCheckpoint) -> None:
     model.require(engine=model.engine, machine=model.machine, checkpoint=checkpoint.fingerprint())
 
 
 def _encode(model: CostModel) -> bytes:
-    return (json.dumps(model.to_dict(), indent=1) + "\n").encode()
+    return (json.dumps(to_record(model), indent=1) + "\n").encode()
 
 
 def _decode(content: bytes, name: str) -> CostModel:
     try:
-        return CostModel.from_dict(json.loads(content))
+        return from_record(json.loads(content))
     except PrismError as error:
         raise PrismError(f"{name}: {error}") from None
     except ValueError as error:

@@ -125,6 +125,25 @@ class Running(NamedTuple):
         return self.request.prompt_tokens - self.prefilled
 
 
+class Progress(NamedTuple):
+    """How far running requests are, as arrays ``[R]`` of float64; see ``Running``. No first token is NaN."""
+
+    prefilled: NDArray[np.float64]
+    generated: NDArray[np.float64]
+    first_token: NDArray[np.float64]
+    budget: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, running: Sequence[Running]) -> Progress:
+        """From requests, in their order."""
+        columns = list(zip(*running, strict=True))[1:] or [()] * 4
+        return cls(*(np.array(column, dtype=np.float64) for column in columns))
+
+    def only(self, which: NDArray[np.bool_]) -> Progress:
+        """Some of them."""
+        return Progress(*(column[which] for column in self))
+
+
 @dataclass(frozen=True)
 class Limits:
     """What an engine can hold.

@@ -136,7 +136,7 @@ def _job(
                 priority=body.priority,
             )
             sampling = Sampling(
-                temperature=_temperature(body.temperature),
+                temperature=1.0 if body.temperature is None else body.temperature,
                 top_p=1.0 if body.top_p is None else body.top_p,
                 seed=None if body.seed is None else (body.seed + choice) % 2**63,
                 stop_token_ids=() if body.ignore_eos else model.end_tokens,
@@ -152,12 +152,6 @@ def budgets(model: ServedModel, quality: Quality) -> tuple[int, int]:
         return budget_bounds(quality.k_min, quality.k_active, model.full_budget, model.k_min)
     except BudgetError as error:
         raise ApiError(400, str(error), param=f"vllm_xargs.{error.field}") from None
-
-
-def _temperature(asked: float | None) -> float:
-    """1 by default; so low that logits divided by it would overflow is 0, which means the same."""
-    value = 1.0 if asked is None else asked
-    return value if value >= 1e-5 else 0.0
 
 
 def _check_name(model: ServedModel, name: str) -> None:

@@ -22,7 +22,7 @@ from ..offload import load_offloaded
 from ..offload.load import manager_of
 from ..scheduling import POLICIES, CostModel, Limits, Request
 from ..scheduling.cost_file import load_cost_model
-from ..scheduling.cost_model import TERMS
+from ..scheduling.step_load import TERMS
 from .admission import ServedModel
 
 logger = logging.getLogger("moe_prism.serving")

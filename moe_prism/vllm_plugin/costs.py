@@ -17,7 +17,7 @@ import vllm
 from ..evaluation.environment import cpu_name, usable_cores
 from ..scheduling import CostModel, StepLoad
 from ..scheduling.cost_file import read_cost_model
-from ..scheduling.cost_model import TERMS
+from ..scheduling.step_load import TERMS
 from .planner import Part, Track
 from .setup import Setup
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import PrismError
 from ..scheduling import CostModel, StepLoad
-from ..scheduling.cost_model import fit_held_out
+from ..scheduling.cost_fit import fit_held_out
 from .setup import SCHEDULER, WORKER
 
 

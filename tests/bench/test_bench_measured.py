@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from making import elastic_model
 from transformers import PreTrainedModel
 
-from moe_prism.bench.measured import run_measurement, serve_jobs, targets
+from moe_prism.bench.measured import run_measurement, targets
+from moe_prism.bench.open_loop import serve_jobs
 from moe_prism.bench.results import write_results
 from moe_prism.bench.scenario import Scenario
 from moe_prism.engine import Engine
+from moe_prism.errors import PrismError
 from moe_prism.scheduling import POLICIES, CostModel, Job, Limits, Request
-from moe_prism.scheduling.cost_model import TERMS
+from moe_prism.scheduling.step_load import TERMS
 from moe_prism.scheduling.summary import summarise
 
 COST = CostModel(tuple(2e-3 if term == "step" else 1e-5 for term in TERMS), 16, 32)
@@ -41,10 +44,14 @@ def test_requests_come_when_they_are_due(model: PreTrainedModel) -> None:
     assert summarise(outcomes, seconds)["finished"] == 4
 
 
-def test_the_record(model: PreTrainedModel, tmp_path: Path) -> None:
-    trace = tmp_path / "trace.csv"
+def trace_file(folder: Path) -> Path:
     rows = [f"2023-11-16 18:15:{i:02}.000000,{100 + i},{40 + i}" for i in range(60)]
-    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
+    (folder / "trace.csv").write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
+    return folder / "trace.csv"
+
+
+def test_the_record(model: PreTrainedModel, tmp_path: Path) -> None:
+    trace = trace_file(tmp_path)
     names = ["fifo-original", "fifo", "continuous"]
     scenario = Scenario(trace=trace, policies=names, loads={"high": 1.5}, seconds=0.3, max_running=4)
     record = run_measurement(scenario, model, COST, 2)
@@ -63,6 +70,34 @@ def test_the_record(model: PreTrainedModel, tmp_path: Path) -> None:
     assert not record["simulated"]
     write_results(tmp_path / "out.json", record)
     assert json.loads((tmp_path / "out.json").read_text())["loads"]["high"]["policies"]["continuous"]["mean_k"] > 0
+
+
+def test_it_goes_on_where_it_was_interrupted(model: PreTrainedModel, tmp_path: Path) -> None:
+    names = ["continuous@low+high", "fifo@high"]
+    loads = {"low": 0.5, "high": 1.0}
+    scenario = Scenario(trace=trace_file(tmp_path), policies=names, loads=loads, seconds=0.2, max_running=4)
+    ran: list[str] = []
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if not ran or ran[-1] != stage:
+            ran.append(stage)
+        if stage == "high, continuous" and done == total and len(ran) < 4:
+            raise KeyboardInterrupt
+
+    partial = tmp_path / "partial.json"
+    with pytest.raises(KeyboardInterrupt):
+        run_measurement(scenario, model, COST, 1, stop, partial)
+    assert ran == ["capacity, full budget", "low, continuous", "high, continuous"]
+    record = run_measurement(scenario, model, COST, 1, lambda stage, *_: ran.append(stage), partial)
+    assert set(ran[3:]) == {"high, continuous", "high, fifo"}
+    assert not partial.exists()
+    assert {name: list(load["policies"]) for name, load in record["loads"].items()} == {
+        "low": ["continuous"],
+        "high": ["continuous", "fifo"],
+    }  # on the trace nobody was to run
+    assert record["loads"]["low"]["policies"]["continuous"]["finished"] == record["loads"]["low"]["requests"]
+    with pytest.raises(PrismError, match="loads are high, low, trace"):
+        run_measurement(replace(scenario, policies=["fifo@medium"]), model, COST, 1)
 
 
 def test_targets() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from making import elastic_model
 from transformers import PreTrainedModel
 
-from moe_prism.bench import profile_cost as room
 from moe_prism.bench.profile_cost import Grid, Profiler, profile_cost
 from moe_prism.engine.identity import ENGINE, machine_of
 from moe_prism.errors import PrismError
@@ -29,8 +29,9 @@ def test_loads_are_those_of_the_steps(model: PreTrainedModel) -> None:
     assert [load.decode for load in loads] == [2] * len(loads)
     assert [load.prefill_tokens for load in loads] == [0, 0, 0, 0, 2, 5]
     assert [load.decode_work for load in loads][:2] == [0.5, 2.0]
-    # contexts grow by a token in every step: in the second of two turns the first step is the seventh after the warm-up
-    assert [load.context for load in loads] == [2 * (9 + 1 + 6 + i) for i in range(6)]
+    # contexts grow by a token in every step; one only warms up
+    assert [load.context for load in loads] == [2 * (9 + 2 + i) for i in range(6)]
+    assert loads == [load for load, _ in profiler.scene(2, 9)]  # in every turn
     assert profiler.engine.stats.running == profiler.engine.stats.waiting == 0
     prompts = [load for load, _ in profiler.scene(0, 9)]
     assert {load.decode for load in prompts} == {0}
@@ -40,9 +41,9 @@ def test_loads_are_those_of_the_steps(model: PreTrainedModel) -> None:
 def test_it_goes_on_where_it_was_interrupted(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[tuple[int, int]] = []
+    ran: list[list[int]] = []
     scene = Profiler.scene
-    monkeypatch.setattr(Profiler, "scene", lambda self, *which: ran.append(which) or scene(self, *which))
+    monkeypatch.setattr(Profiler, "scene", lambda self, *which: ran.append(list(which)) or scene(self, *which))
     partial = tmp_path / "partial.json"
 
     def stop(_stage: str, done: int, _total: int) -> None:
@@ -54,8 +55,8 @@ def test_it_goes_on_where_it_was_interrupted(
     assert len(ran) == 2
     told: list[tuple[int, int]] = []
     found = profile_cost(model, "abc", GRID, partial, lambda _, done, total: told.append((done, total)))
-    assert sorted(ran) == sorted(GRID.scenes())  # none twice
-    assert told[-1] == (6, 6)
+    assert ran == [scene for _, *scene in GRID.scenes()]  # none twice
+    assert told[-1] == (12, 12)
     assert not partial.exists()
     assert found.token_bytes == 2 * 2 * 32 * 4  # layers, keys and values, hidden size, fp32
     assert found.fixed_bytes == sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
@@ -66,21 +67,11 @@ def test_it_goes_on_where_it_was_interrupted(
         found.require(engine=ENGINE, machine="another", checkpoint="abc")
 
 
-def test_a_partial_file_of_something_else_is_not_used(
-    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    partial = tmp_path / "partial.json"
-
-    def stop(_stage: str, done: int, _total: int) -> None:
-        if done == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        profile_cost(model, "abc", GRID, partial, stop)
-    asked = {"grid": {}, "engine": ENGINE, "machine": "x", "checkpoint": "abc"}
-    assert room._read(partial, asked) == {}
-    partial.write_text("{")
-    assert room._read(partial, asked) == {}
+def test_long_prompts_are_measured_alone_and_as_far_as_the_context_goes(model: PreTrainedModel) -> None:
+    profiler = Profiler(model, replace(GRID, long_pieces=(20, 127, 128)))  # the model's context is 128
+    assert [load.prefill_tokens for load, _ in profiler.scene(0, 4)][-4:] == [20, 20, 127, 127]
+    for batch, context in ((0, 9), (1, 4)):
+        assert max(load.prefill_tokens for load, _ in profiler.scene(batch, context)) == 5
 
 
 def test_bad_grids_are_refused() -> None:

@@ -20,7 +20,8 @@ from moe_prism.checkpoint.schema import parse_operating_points
 from moe_prism.errors import PrismError
 from moe_prism.scheduling import POLICIES, Admission, CostModel, Limits
 from moe_prism.scheduling.cost_file import write_cost_model
-from moe_prism.scheduling.cost_model import TERMS, fit_held_out
+from moe_prism.scheduling.cost_fit import fit_held_out
+from moe_prism.scheduling.step_load import TERMS
 from moe_prism.scheduling.workloads import Mix, Trace
 
 FULL, SUB_EXPERTS = 64, 512

@@ -13,7 +13,7 @@ import torch
 from making import WORDS, save_stock
 from safetensors.torch import load_file
 
-COMMANDS = ("refactor", "sweep", "generate", "inspect", "restore", "pack", "plan", "demo", "simulate")
+COMMANDS = ("refactor", "sweep", "generate", "inspect", "restore", "pack", "plan", "demo", "simulate", "profile-cost")
 SMALL = "num_sub_experts: 4\nsolver: greedy\ngate: static\ncalibration_tokens: 512\ncontext: 32\n"
 
 
@@ -32,7 +32,7 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with stock/, elastic/, second/, recipe.yaml and text.txt."""
     folder = tmp_path_factory.mktemp("made")
-    save_stock(folder / "stock")
+    save_stock(folder / "stock", max_position_embeddings=1024)  # as long as what profile-cost measures
     (folder / "recipe.yaml").write_text(SMALL)
     (folder / "text.txt").write_text(WORDS * 100)
     for name, seed in (("elastic", 0), ("second", 1)):
@@ -143,7 +143,7 @@ def test_simulate_from_a_checkpoints_cost_model(made, tmp_path) -> None:
     from moe_prism.checkpoint.read import open_checkpoint
     from moe_prism.scheduling import CostModel
     from moe_prism.scheduling.cost_file import save_cost_model
-    from moe_prism.scheduling.cost_model import TERMS
+    from moe_prism.scheduling.step_load import TERMS
 
     copy = tmp_path / "elastic"
     shutil.copytree(made / "elastic", copy)
@@ -160,6 +160,36 @@ def test_simulate_from_a_checkpoints_cost_model(made, tmp_path) -> None:
     assert policies.keys() == {"continuous", "fifo-original"}
     assert (tmp_path / "plots" / "policies.png").exists()
     assert run("inspect", copy).returncode == 0  # checksums are right with a cost model in it
+
+
+def test_profile_cost_and_bench_schedule(made, tmp_path) -> None:
+    import shutil
+
+    copy = tmp_path / "elastic"
+    shutil.copytree(made / "elastic", copy)
+    refused = run("bench", "schedule", copy)
+    assert refused.returncode == 2
+    assert "moe-prism profile-cost" in refused.stderr
+    done = run("profile-cost", copy, "--max-batch", 1, "--repeats", 1, "--json", tmp_path / "cost.json")
+    assert done.returncode == 0, done.stderr
+    assert "held-out error" in done.stdout
+    assert json.loads((tmp_path / "cost.json").read_text()) == json.loads(
+        (copy / "moe_prism" / "cost_model.json").read_text()
+    )
+    record = tmp_path / "schedule.json"
+    done = run(
+        *("bench", "schedule", copy, "--loads", "low=0.5,high=1", "--seconds", 0.3, "--max-running", 2),
+        *("--policies", "continuous,fifo-original@high", "--json", record, "--plots", tmp_path / "plots"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "high_throughput_ratio" in done.stdout
+    loads = json.loads(record.read_text())["loads"]
+    assert {name: list(load["policies"]) for name, load in loads.items()} == {
+        "low": ["continuous"],
+        "high": ["continuous", "fifo-original"],
+    }
+    assert (tmp_path / "plots" / "policies.png").exists()
+    assert not list(tmp_path.glob(".elastic.*"))  # nothing of what an interruption would have left
 
 
 def altered(made: Path, tmp_path: Path, name: str, how: str) -> Path:

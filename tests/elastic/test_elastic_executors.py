@@ -13,6 +13,7 @@ from tiny import tiny_model
 from torch import nn
 
 from moe_prism.elastic.executors import EXECUTORS, choose_executor
+from moe_prism.elastic.executors.choice import MASKED_FROM, MASKED_LARGE_NEURONS_FROM
 from moe_prism.elastic.selection import Selection, gather_selection
 from moe_prism.errors import PrismError
 from moe_prism.experts import find_expert_layers
@@ -208,13 +209,14 @@ def test_executors_are_chosen_and_refused_clearly() -> None:
     module = _cached_layer("olmoe", torch.float32)
     x = torch.randn(2, 32)
     assert type(choose_executor("auto", module, x, 4)).__name__ == "CpuExecutor"
-    for tokens, some_neurons, name in (
-        (500, False, "CpuExecutor"),
-        (500, True, "MaskedExecutor"),  # every token has rows of its own
-        (5000, False, "MaskedExecutor"),
-    ):
-        chosen = choose_executor("auto", module, torch.randn(tokens, 32), 4, some_neurons)
-        assert type(chosen).__name__ == name
+    for what, most in MASKED_FROM.items():
+        many = most * module.num_experts
+        assert type(choose_executor("auto", module, x, many - 1, what)).__name__ == "CpuExecutor"
+        assert type(choose_executor("auto", module, x, many, what)).__name__ == "MaskedExecutor"
+    large = layer_of("olmoe", 256, 512)  # its experts do not stay in a cache
+    many = MASKED_LARGE_NEURONS_FROM * large.num_experts
+    for runs, name in ((many - 1, "CpuExecutor"), (many, "MaskedExecutor")):
+        assert type(choose_executor("auto", large, torch.randn(2, 512), runs, "neurons")).__name__ == name
     with pytest.raises(PrismError, match=r"'cpu' cannot run this layer: .*no_grad"):
         choose_executor("cpu", module, x.requires_grad_(), 4)
     assert type(choose_executor("auto", module, x, 4)).__name__ == "ReferenceExecutor"

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from moe_prism.elastic.kernels import gated_blocks
 from moe_prism.elastic.kernels.compiled import narrow
 from moe_prism.elastic.kernels.streams import add_4_rows, dot_4_rows
 
@@ -76,3 +77,34 @@ def test_bfloat16_is_rounded_as_torch_rounds_it():
     assert np.array_equal(
         narrowed(values.numpy(), np.zeros(1, np.float32)).view(np.int32), values.numpy().view(np.int32)
     )
+
+
+@pytest.mark.parametrize("size", [6, 70])
+def test_a_block_gives_the_same_bits_in_any_company_and_on_any_number_of_threads(size):
+    generator = torch.Generator().manual_seed(0)
+    blocks, hidden = 3, 48
+    rows = torch.randn(blocks * 3 * size, hidden, generator=generator).bfloat16()
+    bits = rows.view(torch.int16).numpy().view(np.uint16)
+    x = torch.randn(2, hidden, generator=generator)
+    token, weight = np.array([0, 0, 1, 1]), np.array([0.5, 1.5, -1.0, 2.0], np.float32)  # pairs of blocks 0, 1, 1, 2
+    mine = rows.double().view(blocks, 3, size, hidden)[[0, 1, 1, 2]]
+    inputs = x.double()[token]
+    hidden_values = torch.nn.functional.silu(torch.einsum("sch,sh->sc", mine[:, 0], inputs))
+    hidden_values *= torch.einsum("sch,sh->sc", mine[:, 1], inputs)
+    expected = torch.einsum("sc,sch->sh", hidden_values * torch.from_numpy(weight)[:, None], mine[:, 2])
+    found = []
+    companies = [[[0, 1, 2, 3]], [[3], [1, 2], [0]], [[1, 2, 0], [3]]]
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        for company in companies:
+            out = np.zeros((4, hidden), np.float32)
+            for pairs in company:
+                block = np.array([0, 1, 1, 2])[pairs]
+                begins = [i for i in range(len(pairs)) if i == 0 or block[i] != block[i - 1]]
+                starts, first = np.array([*begins, len(pairs)]), block[begins] * 3 * size
+                gated_blocks(bits, x.numpy(), token, weight, np.array(pairs), starts, first, size, out)
+            found.append(out)
+        torch.set_num_threads(before)
+    assert np.allclose(found[0], expected, rtol=1e-4, atol=1e-3)
+    assert all(np.array_equal(other, found[0]) for other in found)

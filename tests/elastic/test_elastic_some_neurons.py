@@ -97,7 +97,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(PrismError, match="1 or more, got 0"):
         NeuronRule(scale, torch.tensor([2, 0]))
     module = layer_of("olmoe")
-    assert type(choose_executor("auto", module, torch.randn(500, 32), 4, True)).__name__ == "MaskedExecutor"
+    assert type(choose_executor("auto", module, torch.randn(500, 32), 2000, "neurons")).__name__ == "MaskedExecutor"
     for name in ("grouped", "reference"):
         with pytest.raises(PrismError, match="cannot skip neurons"):
-            choose_executor(name, module, torch.randn(1, 32), 4, True)
+            choose_executor(name, module, torch.randn(1, 32), 4, "neurons")

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from moe_prism.elastic import full_budget
 from moe_prism.engine import Engine, FailedEvent, Generation, Sampling, TokenEvent
 from moe_prism.scheduling import CostModel, Limits, Policy, Request, State, StepPlan
-from moe_prism.scheduling.cost_model import TERMS
 from moe_prism.scheduling.policies.base import memory_left, prefill_pieces
 from moe_prism.scheduling.requests import memory_of
+from moe_prism.scheduling.step_load import TERMS
 
 COST = CostModel((1e-3,) * len(TERMS), 16, 32)
 

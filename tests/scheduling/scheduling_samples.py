@@ -6,23 +6,28 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 
-from moe_prism.scheduling import Admission, CostModel, Job, Limits, Outcome, Policy, Request, State, StepPlan
-from moe_prism.scheduling.cost_model import TERMS
+from moe_prism.scheduling import Admission, CostModel, Job, Limits, Outcome, Policy, Request, State, StepLoad, StepPlan
 from moe_prism.scheduling.requests import memory_of
 from moe_prism.scheduling.simulator import Simulation, simulate
+from moe_prism.scheduling.step_load import TERMS
 
 FULL, SUB_EXPERTS = 8, 64
 # seconds; the gate and the rest of a step cost something, as they do in engines
 SECONDS = {
     "step": 5e-3,
+    "several": 2e-4,
     "prefill_step": 3e-3,
     "decode_step": 2e-3,
     "prefill_tokens": 5e-5,
+    "prefill_first": 1e-5,
+    "prefill_low": 2e-5,
     "prefill_work": 3e-4,
     "prefill_context": 1e-8,
     "decode_tokens": 1e-4,
+    "decode_low": 2e-4,
     "decode_work": 2e-3,
     "touched": 1e-2,
     "context": 1e-7,
@@ -131,3 +136,19 @@ def run(
 
 def ended(outcome: Outcome) -> bool:
     return not math.isnan(outcome.finished)
+
+
+def steps(rng: np.random.Generator, count: int) -> list[StepLoad]:
+    cost = cost_model()
+    found = []
+    for _ in range(count):
+        decode = rng.integers(1, FULL + 1, rng.integers(0, 20)).tolist()
+        prompts = rng.integers(1, 200, rng.integers(0 if decode else 1, 4))
+        ks = rng.integers(1, FULL + 1, len(prompts))
+        starts = rng.integers(0, 300, len(prompts))
+        if rng.random() < 0.1:  # a single token
+            decode, prompts, ks, starts = [int(rng.integers(1, FULL + 1))], prompts[:0], ks[:0], starts[:0]
+        if rng.random() < 0.3:
+            decode, ks = [FULL] * len(decode), np.full(len(prompts), FULL)
+        found.append(cost.load(decode, float(len(decode) * rng.integers(1, 500)), prompts, ks, starts))
+    return found

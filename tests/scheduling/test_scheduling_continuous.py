@@ -64,7 +64,7 @@ def test_decoding_gets_the_largest_excess_that_keeps_the_pace(floors) -> None:
         if seconds <= limit:
             best = budgets
     fastest = min(seconds for seconds, _ in tried)
-    as_good = [budgets for seconds, budgets in tried if seconds <= 1.02 * fastest + 1e-12]
+    as_good = [budgets for seconds, budgets in tried if seconds <= 1.01 * fastest + 1e-12]
     assert list(plan.budgets.values()) == (best or as_good[-1])
 
 
@@ -281,7 +281,7 @@ def test_objectives_hold_where_time_allows_it() -> None:
     rng = np.random.default_rng(1)
     jobs = [
         Job(Request(f"r{i}", float(at), 60, 30, 2, FULL, 500.0, 40.0), 30)
-        for i, at in enumerate(np.sort(rng.uniform(0, 20, 300)))
+        for i, at in enumerate(np.sort(rng.uniform(0, 20, 250)))
     ]
     ours = run(jobs, Continuous(COST), LIMITS).outcomes
     original = run(jobs, POLICIES.create("system-only", {"cost": COST}), LIMITS).outcomes
@@ -308,5 +308,5 @@ def test_a_cap_keeps_budgets_where_sub_experts_are_what_costs() -> None:
     assert sum(plain.budgets.values()) < sum(capped.budgets.values())
     floors = cost.sub_experts * (1 - (1 - 1 / cost.sub_experts) ** 6)
     assert floors <= capped.cap < cost.sub_experts
-    assert step_seconds(state, capped, cost) <= 0.9 * 0.04 + cost.coefficients[8] / cost.sub_experts
+    assert step_seconds(state, capped, cost) <= 0.9 * 0.04 + 60e-3 / cost.sub_experts
     assert Continuous(cost, capped=True).plan(State([], running[:1], LIMITS), 1.0).cap is None

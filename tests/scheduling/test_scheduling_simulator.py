@@ -12,8 +12,8 @@ from scheduling_samples import FULL, SUB_EXPERTS, cost_model, request, run, work
 
 from moe_prism.errors import PrismError
 from moe_prism.scheduling import POLICIES, Admission, CostModel, Job, Limits, Outcome, Policy, Request, State, StepPlan
-from moe_prism.scheduling.cost_model import TERMS
 from moe_prism.scheduling.simulator import Router, simulate
+from moe_prism.scheduling.step_load import TERMS
 
 COST = cost_model()
 LIMITS = Limits(FULL, 8)
@@ -124,7 +124,7 @@ def test_no_jobs_no_time() -> None:
 
 
 def test_replicas_share_the_work() -> None:
-    jobs = [Job(request(f"r{i}", arrival=i * 0.001, prompt_tokens=50), 10) for i in range(64)]
+    jobs = [Job(request(f"r{i}", arrival=i * 0.001, prompt_tokens=50, k_active=2), 10) for i in range(64)]
     one, four = (run(jobs, policy("continuous"), LIMITS, replicas=n) for n in (1, 4))
     assert {o.replica for o in four.outcomes} == {0, 1, 2, 3}
     assert four.seconds < one.seconds / 3

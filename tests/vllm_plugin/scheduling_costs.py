@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_prism.scheduling import CostModel
-from moe_prism.scheduling.cost_model import TERMS
+from moe_prism.scheduling.step_load import TERMS
 
 
 def free() -> CostModel:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from moe_prism import set_budget
 from moe_prism.elastic.budgets import elastic_layers
 from moe_prism.elastic.cpu_selection import select
-from moe_prism.offload import load_offloaded
+from moe_prism.offload import load_offloaded, set_deadline
 from moe_prism.offload.executor import blocks_of
 from moe_prism.offload.load import manager_of
 from moe_prism.offload.manager import Manager
@@ -31,7 +32,7 @@ from offload_bench.job import Job, disk_bytes, peak_rss, run_worker
 from offload_bench.routing import Routing
 
 # Read for the raw bandwidth, before and after the timed tokens.
-RAW_BLOCKS = 240
+RAW_BLOCKS = 120
 
 
 @dataclass
@@ -110,8 +111,8 @@ def fill(manager: Manager, model: PreTrainedModel, routing: Routing, job: Job) -
         for number, (blocks, values) in enumerate(required(model, routing, token, job.k_active)):
             cache.rehearse(blocks, values, token + number / len(manager.layout.layers))
     manager._steps = job.warmup * len(manager.layout.layers)
-    for block, slot in sorted(cache.place.items()):
-        manager.tier.fill(block, slot, lambda _: True)
+    with ThreadPoolExecutor(job.readers) as pool:
+        list(pool.map(lambda place: manager.tier.fill(*place, lambda _: True), sorted(cache.place.items())))
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -128,6 +129,7 @@ def measure(job: Job) -> dict[str, Any]:
         verify=False,
     )
     set_budget(model, job.k_active)
+    pace = set_deadline(model, **job.options) if job.options else None
     manager, position = manager_of(model), replay(model, routing)
     begin = time.perf_counter()
     fill(manager, model, routing, job)
@@ -167,6 +169,7 @@ def measure(job: Job) -> dict[str, Any]:
         "ahead_precision": counted.ahead_precision,
         "cancelled_per_token": counted.cancelled / job.tokens,
         "rss_gb": memory,
+        "mean_budget": pace.mean_budget if pace else None,
         "places": manager.cache.slots,
         "fill_seconds": filled,
         "tokens": job.tokens,

@@ -1,39 +1,47 @@
 """Which executor runs a layer's tokens, if nobody named one.
 
-The crossovers were measured with ``make bench-crossovers``. Knows nothing of how executors work.
+The crossovers were measured with ``make bench-crossovers`` and on the models of ``make bench-schedule``. Knows nothing
+of how executors work.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import PrismError
+from ...experts.neurons import num_neurons
 from .base import EXECUTORS, Executor, num_experts
 
 AUTO = "auto"
-# Routed tokens per expert from which whole large products beat work in proportion to the selection on a CPU. At half
-# budget the latter is still 1.3 times faster at 256, at three quarters they are level there.
-MASKED_FROM = 256
-# The same where neurons are skipped: every token has rows of its own then, which are read anew for each.
-MASKED_NEURONS_FROM = 16
+What = Literal["experts", "parts", "neurons"]  # runs: whole experts, parts of them, or parts but for some neurons
+# Experts that tokens run (parts count as parts) over the experts that there are, from which whole large products beat
+# work in proportion to the selection on a CPU. Of parts of experts the latter is 1.3 times faster at 128 and level at
+# 192 to 256.
+MASKED_FROM: dict[What, int] = {"experts": 128, "parts": 256, "neurons": 64}
+# The same where neurons are skipped and experts do not fit into a core's cache: every token has rows of its own then,
+# which are read anew for each.
+MASKED_LARGE_NEURONS_FROM = 8
+CACHE_BYTES = 1 << 20
 
 
-def choose_executor(name: str, module: nn.Module, x: Tensor, top_k: int, some_neurons: bool = False) -> Executor:
+def choose_executor(name: str, module: nn.Module, x: Tensor, runs: float, what: What = "parts") -> Executor:
     """The named executor, or the fastest that can run this input.
 
     Args:
         name: a registered name, or "auto".
         module: stacked experts.
         x: ``[T, H]``.
-        top_k: routed experts of a token.
-        some_neurons: it must be able to skip neurons.
+        runs: experts that its tokens run together: T * k at full budget, and parts of experts count as parts.
+        what: is to run; for "neurons" it must be able to skip some.
 
     Raises:
         PrismError: the named executor cannot run this module or input; the message says why.
     """
+    some_neurons = what == "neurons"
     if name != AUTO:
         chosen = _executor(name)
         reason = chosen.refusal(module, x)
@@ -42,17 +50,19 @@ def choose_executor(name: str, module: nn.Module, x: Tensor, top_k: int, some_ne
         if reason is not None:
             raise PrismError(f"executor {name!r} cannot run this layer: {reason}; use {AUTO!r} or another")
         return chosen
-    for candidate in map(_executor, _preferred(module, x, top_k, some_neurons)):
+    for candidate in map(_executor, _preferred(module, x, runs, what)):
         if candidate.refusal(module, x) is None and (candidate.skips_neurons or not some_neurons):
             return candidate
     return _executor("masked" if some_neurons else "reference")
 
 
-def _preferred(module: nn.Module, x: Tensor, top_k: int, some_neurons: bool) -> tuple[str, ...]:
+def _preferred(module: nn.Module, x: Tensor, runs: float, what: What) -> tuple[str, ...]:
     if x.device.type != "cpu":
         return ("grouped",)
-    enough = MASKED_NEURONS_FROM if some_neurons else MASKED_FROM
-    many = len(x) * top_k >= enough * num_experts(module)
+    enough = MASKED_FROM[what]
+    if what == "neurons" and 3 * num_neurons(module) * x.shape[1] * x.element_size() > CACHE_BYTES:
+        enough = MASKED_LARGE_NEURONS_FROM
+    many = runs >= enough * num_experts(module)
     return ("masked",) if many and large_products_are_fast(x.dtype) else ("cpu",)
 
 

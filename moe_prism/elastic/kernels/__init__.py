@@ -3,10 +3,11 @@
 They know arrays only: no experts, no gates, no torch modules.
 """
 
+from .blocks import gated_blocks
 from .digits import digit_neurons
 from .gated import gated_experts
 from .neurons import gated_neurons
 from .products import multiply_rows
 from .sums import add_rows
 
-__all__ = ["add_rows", "digit_neurons", "gated_experts", "gated_neurons", "multiply_rows"]
+__all__ = ["add_rows", "digit_neurons", "gated_blocks", "gated_experts", "gated_neurons", "multiply_rows"]

@@ -21,7 +21,7 @@ Array = Any
 
 
 @inner
-def _activate(gate_up: Array, weight: Array, known: Array, begin: int, end: int, s0: int, s1: int) -> None:
+def activate(gate_up: Array, weight: Array, known: Array, begin: int, end: int, s0: int, s1: int) -> None:
     """Replace gate by ``weight * silu(gate) * up`` in columns ``begin .. end`` of the pairs ``s0 .. s1``."""
     size, r = gate_up.shape[1] // 2, known.shape[1]
     for s in range(s0, s1):
@@ -104,7 +104,7 @@ def _gated_experts(
             group, begin = task // runs, task % runs * RUN
             end = min(begin + RUN, size)
             s0, s1 = starts[group], starts[group + 1]
-            _activate(hidden, weight, known, begin, end, s0, s1)
+            activate(hidden, weight, known, begin, end, s0, s1)
             row = sub_expert[s0] * size + begin
             add_run(down, row, end - begin, hidden[:, begin:], token, s0, s1, sums[thread])
     return total(sums, x)

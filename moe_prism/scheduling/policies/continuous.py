@@ -11,7 +11,7 @@ decoding. Times are predicted by the cost model:
    first tokens in time; nobody decodes at a larger one meanwhile.
 3. *Decoding* has the largest excess with which a step keeps the objectives. It falls at once, and rises slowly and only
    where there is room to spare. Both excesses fall as places or memory run out, before anybody has to wait for them. No
-   excess is given up that would have bought less than a fiftieth of a step.
+   excess is given up that would have bought less than a hundredth of a step.
 4. *Pieces.* The line's prompts are computed in order, as many tokens as fit into the step beside the decoding; who gets
    none stays in the queue.
 
@@ -21,70 +21,20 @@ Knows no engine, and nothing of how a step's time comes about but the cost model
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..cost_model import Floats, Ints
-from ..requests import Columns, Running, State, StepPlan
-from .base import POLICIES, Policy, memory_left, positive
+from ..requests import Columns, Progress, Running, State, StepPlan
+from .base import POLICIES, Policy, positive
+from .decoding import Decoding, curves, excess_before
+from .excess import as_good, demand, largest, uncrowded
+from .line import Line
 from .queue import Order, in_turn, those_with_room
 
 LEND = 2.0  # a step with prompts may take this many times a token's objective from requests that are ahead
 HURRY = 0.5  # how far a request that is behind its schedule shortens the step, as a share of its objective
-NOTHING = 0.02  # a share of a step's time that is not worth any quality
-# running and waiting requests over those that there is room for: where excess begins to fall, and where none is left
-CROWDED, FULL_HOUSE = 0.75, 1.25
-
-
-class _Decoding(NamedTuple):
-    """Those whose prompt is done, ``[D]``, and what they leave for a step.
-
-    Attributes:
-        names: their ids.
-        budgets: at every excess, ``[F, D]``.
-        before: excess of the step before, None where there was none.
-        steady: seconds of a step that keeps their pace; infinite where D = 0.
-        lent: seconds of a step with prompts in it.
-        curve: seconds that decoding adds to a step at every excess, ``[F]``.
-        capped: the same if no more different sub-experts are loaded than the floors need, ``[F]``.
-    """
-
-    names: list[str]
-    budgets: Ints
-    before: int | None
-    steady: float
-    lent: float
-    curve: Floats
-    capped: Floats
-
-
-class _Line(NamedTuple):
-    """Prompts to compute, ``[Q]`` in the order in which they are computed.
-
-    Attributes:
-        names: their ids.
-        tokens: left of each.
-        starts: computed of each.
-        budgets: at every excess, ``[F, Q]``.
-        due: seconds until the first token is due.
-        times: predicted seconds until it is there at every excess, ``[F, Q]``.
-    """
-
-    names: list[str]
-    tokens: Floats
-    starts: Floats
-    budgets: Ints
-    due: Floats
-    times: Floats
-
-    def largest(self, ease: float) -> int:
-        """The largest excess with which all are in time; ``ease`` is the share of the time they may take."""
-        if not self.names:
-            return len(self.budgets) - 1
-        return _largest((self.times <= ease * self.due).all(axis=1), self.times[:, -1])
 
 
 @POLICIES.register("continuous")
@@ -124,26 +74,27 @@ class Continuous(Policy):
 
     def plan(self, state: State, now: float) -> StepPlan:
         """See ``Policy.plan``."""
-        everyone, full = Columns.rows(r.request for r in state.running), state.limits.full_budget
-        decodes = np.array([r.prefilled >= r.request.prompt_tokens for r in state.running], dtype=bool)
+        asked, full = [r.request for r in state.running], state.limits.full_budget
+        everyone, progress = Columns.rows(asked), Progress.of(state.running)
+        decodes = progress.prefilled >= Columns(*everyone.T).prompt_tokens
+        names = [r.id for r, done in zip(asked, decodes.tolist(), strict=True) if done]
+        decoding = self._decoding(names, Columns(*everyone[decodes].T), progress.only(decodes), full, now)
         begun = [r for r, done in zip(state.running, decodes.tolist(), strict=True) if not done]
-        running = [r for r in state.running if r.prefilled >= r.request.prompt_tokens] if begun else state.running
-        decoding = self._decoding(running, Columns(*everyone[decodes].T), full, now)
         waiting = np.asfortranarray(Columns.rows(state.waiting))  # whole columns are read
         fitting = self._fitting(everyone, waiting, decoding, state, now)
         names = [r.request.id for r in begun] + [state.waiting[i].id for i in fitting.tolist()]
         line = self._line(names, np.concatenate([everyone[~decodes], waiting[fitting]]), begun, decoding, full, now)
-        demand = _demand(state, Columns(*waiting.T))
-        for_prompts = min(line.largest(1.0), _uncrowded(demand, 1.0, state))
-        excess, cap = self._for_decoding(line, decoding, demand, state)
+        wanted, in_time = demand(state, Columns(*waiting.T)), line.largest(1.0)
+        for_prompts = min(in_time, uncrowded(wanted, 1.0, state))
+        excess, cap = self._for_decoding(line, in_time, decoding, wanted, state)
         pieces = self._pieces(line, decoding, for_prompts, excess, state.limits.max_prefill)
         prefill = {name: tokens for name, tokens in zip(names, pieces, strict=True) if tokens}
         given = dict(zip(names, line.budgets[for_prompts].tolist(), strict=True))
         budgets = {name: given[name] for name in prefill}
-        budgets.update(zip(decoding.names, decoding.budgets[excess].tolist(), strict=True))
+        budgets.update(zip(decoding.names, decoding.budgets(excess).tolist(), strict=True))
         return StepPlan(tuple(name for name in names[len(begun) :] if name in prefill), budgets, prefill, cap)
 
-    def order(self, waiting: Columns, decoding: _Decoding, state: State, now: float) -> Order:
+    def order(self, waiting: Columns, decoding: Decoding, state: State, now: float) -> Order:
         """Indices of waiting requests, the next one first.
 
         By priority; of equal ones those that can still have their first token in time, then by when it is due. Those
@@ -156,12 +107,12 @@ class Continuous(Policy):
         regular = np.lexsort((due, 2 * waiting.priority + missed))  # stable, and they come in order of arrival
         return in_turn(regular, waiting.arrival, now - waiting.arrival >= self.patience, state.admitted)
 
-    def _beside(self, seconds: Floats, decoding: _Decoding, excess: int | slice) -> Floats:
+    def _beside(self, seconds: Floats, decoding: Decoding, excess: int | slice) -> Floats:
         """How long prompts take that would take so long alone: decoding takes its part of every step."""
         overhead = self.cost.step_overhead(prompts=True)
         if not decoding.names:
             return seconds + overhead
-        share = np.maximum(1.0 - (overhead + decoding.capped[excess]) / decoding.steady, 1e-9)
+        share = np.maximum(1.0 - (overhead + decoding.beside[excess]) / decoding.steady, 1e-9)
         return seconds / (share[:, None] if isinstance(excess, slice) else share)
 
     def bounds(self, columns: Columns, full_budget: int) -> tuple[Floats, Floats]:
@@ -188,29 +139,26 @@ class Continuous(Policy):
         budgets: Ints = np.minimum(most.astype(np.int64), floor.astype(np.int64) + excess)
         return budgets
 
-    def _decoding(self, running: Sequence[Running], columns: Columns, full_budget: int, now: float) -> _Decoding:
-        budgets = self._budgets(columns, full_budget)
-        generated = np.array([r.generated for r in running], dtype=float)
-        context = float(columns.prompt_tokens.sum() + generated.sum())
-        curve = self.cost.decode_curve(budgets, context)
-        capped = curve
-        if self.capped and running:
-            capped = self.cost.decode_curve(budgets, context, np.full(len(budgets), self.cost.touched(budgets[:1])[0]))
-        first = np.array([now if r.first_token is None else r.first_token for r in running])
+    def _decoding(
+        self, names: list[str], columns: Columns, progress: Progress, full_budget: int, now: float
+    ) -> Decoding:
+        floor, most = (bound.astype(np.int64) for bound in self.bounds(columns, full_budget))
+        context = float(columns.prompt_tokens.sum() + progress.generated.sum())
+        first = np.where(np.isnan(progress.first_token), now, progress.first_token)
         each = self._each(columns)
-        ahead = np.maximum(first + generated * each - now, HURRY * each)
-        last = np.array([r.budget if r.generated > 1 else 0 for r in running])  # a prompt's budget says nothing
-        return _Decoding(
-            [r.request.id for r in running],
-            budgets,
-            _before(last, budgets),
+        ahead = np.maximum(first + progress.generated * each - now, HURRY * each)
+        last = np.where(progress.generated > 1, progress.budget, 0).astype(np.int64)  # a prompt's budget says nothing
+        return Decoding(
+            names,
+            floor,
+            most,
+            excess_before(last, floor, most, full_budget),
             self.margin * float(np.minimum(ahead, each).min(initial=math.inf)),
             self.margin * float(np.minimum(ahead, LEND * each).min(initial=math.inf)),
-            curve,
-            capped,
+            *curves(self.cost, floor, most, context, capped=self.capped),
         )
 
-    def _fitting(self, everyone: Floats, waiting: Floats, decoding: _Decoding, state: State, now: float) -> Order:
+    def _fitting(self, everyone: Floats, waiting: Floats, decoding: Decoding, state: State, now: float) -> Order:
         """Those of the waiting requests for whom there is room, and time for a step with all at their floors.
 
         Late ones count on no time.
@@ -229,8 +177,8 @@ class Continuous(Policy):
         return fitting[np.logical_and.accumulate(kept[len(everyone) :]) | late[fitting]]
 
     def _line(
-        self, names: list[str], rows: Floats, begun: list[Running], decoding: _Decoding, full_budget: int, now: float
-    ) -> _Line:
+        self, names: list[str], rows: Floats, begun: list[Running], decoding: Decoding, full_budget: int, now: float
+    ) -> Line:
         columns = Columns(*rows.T)
         starts = np.zeros(len(rows))
         starts[: len(begun)] = [r.prefilled for r in begun]
@@ -238,101 +186,48 @@ class Continuous(Policy):
         budgets = self._budgets(columns, full_budget)
         work = np.cumsum(self.cost.prefill_curve(tokens, starts, budgets), axis=1)
         times = self._beside(work, decoding, slice(None))
-        return _Line(names, tokens, starts, budgets, self._due(columns) - now, times)
+        return Line(names, tokens, starts, budgets, self._due(columns) - now, times)
 
-    def _for_decoding(self, line: _Line, decoding: _Decoding, demand: float, state: State) -> tuple[int, int | None]:
-        """Excess of decoding requests, and a cap on different sub-experts if there is to be one."""
+    def _for_decoding(
+        self, line: Line, in_time: int, decoding: Decoding, wanted: float, state: State
+    ) -> tuple[int, int | None]:
+        """Excess of decoding requests, and a cap on different sub-experts if there is to be one.
+
+        ``in_time`` is the largest with which the line is in time.
+        """
         if not decoding.names:
             return 0, None
         overhead = self.cost.step_overhead(prompts=False)
         limit, seconds = decoding.steady, overhead + decoding.capped
 
-        def most(ease: float) -> int:
-            fitting = _largest(seconds <= ease * limit, seconds)
-            excess = min(fitting, line.largest(ease), _uncrowded(demand, ease, state))
-            return max(excess, min(fitting, _as_good(excess, seconds)))
+        def most(ease: float, in_time: int) -> int:
+            fitting = largest(seconds <= ease * limit, seconds)
+            excess = min(fitting, in_time, uncrowded(wanted, ease, state))
+            return max(excess, min(fitting, as_good(excess, seconds)))
 
-        excess = most(1.0)
+        excess = most(1.0, in_time)
         before = decoding.before
         if before is not None and excess > before:
-            step = max(1, round(self.rise * len(decoding.budgets)))
-            excess = min(before + step, max(before, most(self.calm)))
+            step = max(1, round(self.rise * len(decoding.curve)))
+            excess = min(before + step, max(before, most(self.calm, line.largest(self.calm))))
         more = float(decoding.curve[excess] - decoding.capped[excess])
         spare = limit - overhead - float(decoding.capped[excess])
         if more <= max(spare, 0.0):
             return excess, None
-        least, wanted = self.cost.touched(decoding.budgets[[0, excess]])
-        return excess, math.ceil(self.cost.sub_experts * (least + (wanted - least) * max(spare, 0.0) / more))
+        least, all_of_it = self.cost.touched(np.stack([decoding.budgets(0), decoding.budgets(excess)]))
+        return excess, math.ceil(self.cost.sub_experts * (least + (all_of_it - least) * max(spare, 0.0) / more))
 
     def _pieces(
-        self, line: _Line, decoding: _Decoding, for_prompts: int, excess: int, max_prefill: int | None
+        self, line: Line, decoding: Decoding, for_prompts: int, excess: int, max_prefill: int | None
     ) -> list[int]:
         """Prompt tokens of this step, ``[Q]``."""
         if not line.names:
             return []
-        budgets = line.budgets[for_prompts : for_prompts + 1]
-        seconds = self.cost.prefill_curve(line.tokens, line.starts, budgets)[0]
         room = self.cost.step_overhead(prompts=True)
         if decoding.names:
-            room = decoding.lent - room - float(decoding.curve[excess])
+            room = decoding.lent - room - float(decoding.beside[excess])
             least = min(float(self.piece), float(line.tokens.sum()))
         else:
             room = LEND * self.tpot_ms / 1e3 - room
             least = float(line.tokens[0])  # nobody waits for a token, so nothing is gained by cutting it
-        done = np.cumsum(seconds)
-        part = np.clip((room - (done - seconds)) / seconds, 0.0, 1.0)
-        tokens = np.floor(part * line.tokens)
-        tokens[(part < 1.0) & (tokens < self.piece)] = 0.0
-        if tokens.sum() < least:
-            tokens = _first(line.tokens, least)
-        if max_prefill is not None and tokens.sum() > max_prefill:
-            tokens = _first(tokens, max_prefill)
-        return [int(count) for count in tokens.tolist()]
-
-
-def _first(tokens: Floats, most: float) -> Floats:
-    """The first ``most`` of tokens in a row, by request."""
-    taken: Floats = np.clip(most - (np.cumsum(tokens) - tokens), 0.0, tokens)
-    return taken
-
-
-def _largest(fits: Any, seconds: Floats) -> int:
-    """The largest excess that fits; if none does the fastest, which is not 0 where a gate costs more than it saves."""
-    found = np.flatnonzero(fits)
-    return int(found[-1]) if len(found) else _as_good(int(np.argmin(seconds)), seconds)
-
-
-def _as_good(excess: int, seconds: Floats) -> int:
-    """The largest excess that takes hardly longer than this one: quality is not given up for nothing."""
-    return int(np.flatnonzero(seconds <= (1.0 + NOTHING) * seconds[excess])[-1])
-
-
-def _demand(state: State, waiting: Columns) -> float:
-    """Requests that run or wait, over those that there is room for, by places or by memory."""
-    limits = state.limits
-    demand = (len(state.running) + len(state.waiting)) / limits.max_running
-    if limits.memory_tokens is not None:
-        wanted = float((waiting.prompt_tokens + waiting.max_tokens).sum())
-        demand = max(demand, 1.0 + (wanted - memory_left(state)) / limits.memory_tokens)
-    return demand
-
-
-def _uncrowded(demand: float, ease: float, state: State) -> int:
-    """The largest excess at a demand: all of it until places run short, none where too many wait for one.
-
-    A place for one request is never short.
-    """
-    begins = max(CROWDED, 1.0 / state.limits.max_running)
-    share = (ease * FULL_HOUSE - demand) / (FULL_HOUSE - begins)
-    return int((state.limits.full_budget - 1) * min(1.0, max(0.0, share)) + 1e-9)
-
-
-def _before(last: Ints, budgets: Ints) -> int | None:
-    """The excess of the step before from its budgets ``[D]``, 0 for those who did not decode; None if nobody did."""
-    decoded = last > 0
-    if not decoded.any():
-        return None
-    below = decoded & (last < budgets[-1])
-    if not below.any():
-        return len(budgets) - 1
-    return max(0, int((last - budgets[0])[below].min()))
+        return line.pieces(self.cost, for_prompts, room, least, self.piece, max_prefill)
