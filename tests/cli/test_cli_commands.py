@@ -178,7 +178,7 @@ def test_profile_cost_and_bench_schedule(made, tmp_path) -> None:
     )
     record = tmp_path / "schedule.json"
     done = run(
-        *("bench", "schedule", copy, "--loads", "low=0.5,high=1", "--seconds", 0.3, "--max-running", 2),
+        *("bench", "schedule", copy, "--loads", "low=1,high=2", "--seconds", 1, "--max-running", 2),
         *("--policies", "continuous,fifo-original@high", "--json", record, "--plots", tmp_path / "plots"),
     )
     assert done.returncode == 0, done.stderr
