@@ -29,7 +29,7 @@ def vllm_cost(
 
     quiet()
     batches = tuple(sorted({*(2**i for i in range(max_batch.bit_length())), max_batch}))
-    options = {"dtype": dtype, "enforce_eager": eager, "max_model_len": max_model_len}
+    options = {"dtype": dtype, "enforce_eager": eager, "max_model_len": max_model_len, "kv_cache_memory_bytes": 2 << 30}
     with bars({}) as tell:
         found = profile(checkpoint, Grid(batches=batches, seed=seed), options, tell)
     write_cost_model(output, found)

@@ -111,12 +111,14 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         if SPLIT_FROM <= count < len(whole):
             out = torch.empty_like(hidden_states)
             for rows, budgets in ((whole, None), (~whole, StepBudgets(step.k_active[~whole]))):
-                out[rows] = _run(state, module, hidden_states[rows], top_k_index[rows], top_k_weights[rows], budgets)
+                out[rows] = run_budgets(
+                    state, module, hidden_states[rows], top_k_index[rows], top_k_weights[rows], budgets
+                )
             return out
-    return _run(state, module, hidden_states, top_k_index, top_k_weights, step)
+    return run_budgets(state, module, hidden_states, top_k_index, top_k_weights, step)
 
 
-def _run(
+def run_budgets(
     state: ElasticLayer,
     module: nn.Module,
     hidden_states: Tensor,
@@ -124,7 +126,7 @@ def _run(
     top_k_weights: Tensor,
     step: StepBudgets | None,
 ) -> Tensor:
-    """The experts of tokens with budgets, or without."""
+    """The experts of tokens at the budgets of a step, or at full budget where it is None; as ``elastic_experts``."""
     n, experts = state.num_sub_experts, int(module.num_experts)  # type: ignore[arg-type]
     index, valid = top_k_index, None
     if module._is_expert_parallel:

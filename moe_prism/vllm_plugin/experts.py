@@ -19,8 +19,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from ..elastic.compensation import Compensation, OutputScale, Recalibration
-from ..elastic.dial import Dial
-from ..elastic.layer import elastic_experts
+from ..elastic.dial import Dial, StepBudgets
+from ..elastic.layer import require_state, run_budgets
 from ..elastic.model import attach_layer, check_weights, dial_for
 from ..errors import UnsupportedModelError
 from ..gates import GATES
@@ -105,16 +105,38 @@ class ElasticMethod(UnquantizedFusedMoEMethod):
         return self.run(x, topk_weights, topk_ids)
 
     def run(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """``[T, H]`` of ``[T, H]`` and the router's ``[T, k]`` weights and ids."""
+        """``[T, H]`` of ``[T, H]`` and the router's ``[T, k]`` weights and ids.
+
+        Tokens at full budget take vLLM's own path, whoever is beside them.
+        """
+        step = self._dial.step(len(x), x.device, self._number)
+        if step is None:
+            return self._whole(x, topk_weights, topk_ids)
+        full = step.k_active == self._dial.full_budget
+        if not full.any():
+            return self._below(x, topk_weights, topk_ids, step.k_active)
+        out = torch.empty_like(x)
+        out[full] = self._whole(x[full], topk_weights[full], topk_ids[full])
+        rest = ~full
+        if rest.any():
+            out[rest] = self._below(x[rest], topk_weights[rest], topk_ids[rest], step.k_active[rest])
+        return out
+
+    def _whole(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         assert self._held is not None  # weights were loaded
-        if self._dial.step(len(x), x.device, self._number) is None:
-            if self._once:
-                virtual: VirtualExperts = self._held.experts.virtual
-                return virtual.run(x, *all_sub_experts(topk_weights, topk_ids, self._setup.elastic.num_sub_experts))
-            own: Tensor = super().apply(self._held.layer, x, topk_weights, topk_ids, None, None)
-            return own
+        if self._once:
+            virtual: VirtualExperts = self._held.experts.virtual
+            return virtual.run(x, *all_sub_experts(topk_weights, topk_ids, self._setup.elastic.num_sub_experts))
+        own: Tensor = super().apply(self._held.layer, x, topk_weights, topk_ids, None, None)
+        return own
+
+    def _below(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, budgets: Tensor) -> Tensor:
+        assert self._held is not None  # weights were loaded
+        module = self._held.experts
+        step = StepBudgets(budgets, pairs=int(budgets.sum()))
         # what was fitted was fitted to weights and outputs with the scale in them
-        out = elastic_experts(self._held.experts, x, topk_ids.long(), topk_weights.float() * self.scale)
+        weights = topk_weights.float() * self.scale
+        out = run_budgets(require_state(module, self.name), module, x, topk_ids.long(), weights, step)
         return out if self.scale == 1.0 else out / self.scale
 
 

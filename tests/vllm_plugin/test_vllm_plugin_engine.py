@@ -53,9 +53,11 @@ def test_budgets_differ(llm: Any) -> None:
     assert (found[1] - found[2]).abs().max() > 1e-3
 
 
-def test_mixed_budgets_in_one_batch_are_each_alone(llm: Any) -> None:
+@pytest.mark.parametrize("longer", [1, 7])
+def test_mixed_budgets_in_one_batch_are_each_alone(llm: Any, longer: int) -> None:
     budgets = [1, 16, 9, 5, 16, 12]
-    prompts = [PROMPT[i:] + PROMPT[:i] for i in range(len(budgets))]
+    prompts = [(PROMPT[i:] + PROMPT[:i]) * longer for i in range(len(budgets))]
+    llm.reset_prefix_cache()
     alone = [generate(llm, [{"k_active": k}], [p])[0] for k, p in zip(budgets, prompts, strict=True)]
     together = generate(llm, [{"k_active": k} for k in budgets], prompts)
     assert tokens_of(together) == tokens_of(alone)
