@@ -219,7 +219,7 @@ $(SCHEDULE)/experts/moe_prism/cost_model.json: | $(VENV)/.base
 # sustained load, so arrivals come for a minute. An interrupted run goes on.
 COMPARED  := continuous,system-only@high+trace,fifo-original@high+trace,fifo@high,full-batch@high,virtual-queues@high
 SUSTAINED := continuous,system-only,fifo-original
-bench-schedule: $(SCHEDULE)/bundled/moe_prism/cost_model.json $(SCHEDULE)/experts/moe_prism/cost_model.json ## policies on the real engine, simulator beside (15 minutes, models and profiles apart; needs the trace) -> build/bench/schedule.json
+bench-schedule: $(SCHEDULE)/bundled/moe_prism/cost_model.json $(SCHEDULE)/experts/moe_prism/cost_model.json ## policies on the real engine, simulator beside (20 minutes, models and profiles apart; needs the trace) -> build/bench/schedule.json
 	$(BIN)/moe-prism bench schedule $(SCHEDULE)/bundled --policies $(COMPARED) --loads low=0.3,high=1.5 --seconds 15 \
 	  --trace $(TRACE) --json build/bench/schedule.json --plots build/bench/schedule-plots $(ARGS)
 	$(BIN)/moe-prism bench schedule $(SCHEDULE)/experts --policies $(SUSTAINED) --loads high=1.5 --seconds 60 \

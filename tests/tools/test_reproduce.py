@@ -40,7 +40,7 @@ def test_the_table_on_a_tiny_model(
     assert list(columns) == [reproduce.ORIGINAL, reproduce.CG, reproduce.LG, reproduce.OURS]
     for column in columns.values():
         assert list(column["cells"]) == ["12", "16", "20", "24"]
-        assert column["full"] == columns[reproduce.ORIGINAL]["full"]
+        assert column["full"] == pytest.approx(columns[reproduce.ORIGINAL]["full"], rel=1e-6)  # printed figures
     for k, cell in columns[reproduce.LG]["cells"].items():  # the paper: without finetuning LG is top-k'
         assert cell["perplexity"] == pytest.approx(columns[reproduce.ORIGINAL]["cells"][k]["perplexity"], rel=1e-3)
         assert columns[reproduce.OURS]["cells"][k]["cost"] <= int(k) / 28 + 0.0051
