@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -23,6 +23,7 @@ import numpy as np
 import yaml
 
 from moe_prism.bench.http_load import HttpLoad
+from moe_prism.scheduling.outcomes import Job
 from moe_prism.scheduling.workloads import Mix, poisson
 from moe_prism.vllm_plugin.config_file import config_text
 from moe_prism.vllm_plugin.setup import Options
@@ -76,42 +77,48 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     raise SystemExit(f"vllm serve did not start:\n{log.read_text()[-3000:]}")
 
 
+def _prompts(jobs: Sequence[Job], seed: int) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, 4000, PROMPT).tolist() for _ in jobs]
+
+
 def goodput(
     checkpoint: Path,
     cost: Path,
     options: dict[str, Any],
     full: int,
-    stock_tokens_per_s: float,
     load: float,
     seconds: float,
     rounds: int = 2,
 ) -> dict[str, Any]:
     """Both servers under the same arrivals, in turns.
 
+    What stock vLLM sustains is measured first, with 8 clients that wait for their replies: it sets the rate, and the
+    objectives are one and a half times the time per token that these clients see, and twenty times that to the first.
+
     Args:
         checkpoint: elastic.
         cost: cost model of the elastic server.
         options: of both.
         full: k * N.
-        stock_tokens_per_s: of decode steps of 8 requests with stock vLLM; sets rate and objectives.
-        load: arrivals over what that sustains.
+        load: arrivals over what stock vLLM sustains.
         seconds: of arrivals.
         rounds: how often each server has its turn.
     """
-    rate = load * stock_tokens_per_s / OUTPUT
-    tpot_ms = 1.25e3 * 8 / stock_tokens_per_s  # a step of 10 requests or so
-    mix = Mix(full, FLOORS, WEIGHTS, ttft_ms=20 * tpot_ms, tpot_ms=tpot_ms)
     found: dict[str, list[dict[str, Any]]] = {"stock": [], "elastic": []}
     with (
         server(checkpoint, None, options, cost.parent) as stock,
         server(checkpoint, Options(cost_model=str(cost.resolve())), options, cost.parent) as elastic,
     ):
+        for _ in range(2):  # the first time warms up
+            jobs = poisson(10.0, 4.0, [(PROMPT, OUTPUT)], Mix(full, FLOORS, WEIGHTS), seed=0)
+            alone = HttpLoad(stock, NAME).saturate(jobs, _prompts(jobs, 0), 8).record()
+        rate, tpot_ms = load * alone["throughput_rps"], 1.5 * alone["tpot_ms"]["p50"]
+        mix = Mix(full, FLOORS, WEIGHTS, ttft_ms=20 * tpot_ms, tpot_ms=tpot_ms)
         for turn in range(rounds + 1):  # the first one warms up
             for kind, url in (("stock", stock), ("elastic", elastic))[:: 1 if turn % 2 else -1]:
                 jobs = poisson(rate, seconds if turn else 3.0, [(PROMPT, OUTPUT)], mix, seed=turn)
-                rng = np.random.default_rng(turn)
-                prompts = [rng.integers(3, 4000, PROMPT).tolist() for _ in jobs]
-                run = HttpLoad(url, NAME).replay(jobs, prompts)
+                run = HttpLoad(url, NAME).replay(jobs, _prompts(jobs, turn))
                 if turn:
                     found[kind].append(run.record())
                     print(
@@ -126,6 +133,7 @@ def goodput(
     }
     means = {kind: median(run["goodput_rps"] for run in runs) for kind, runs in found.items()}
     return {
+        "stock_alone": alone,
         "rate_rps": rate,
         "load": load,
         "objectives_ms": {"ttft": mix.ttft_ms, "tpot": mix.tpot_ms},
