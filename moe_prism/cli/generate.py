@@ -25,7 +25,7 @@ def generate(
     tpot_ms: Annotated[
         float | None, typer.Option(help="Milliseconds of a token, within which blocks are read; with --memory.")
     ] = None,
-    k_min: Annotated[int, typer.Option(help="Least budget that --tpot-ms may lead to.")] = 1,
+    k_min: Annotated[int | None, typer.Option(help="Least budget that --tpot-ms may lead to; 1 by default.")] = None,
 ) -> None:
     """Continue a prompt at a budget.
 
@@ -38,12 +38,14 @@ def generate(
     limit = None if memory is None else bytes_of(memory)
     if tpot_ms is not None and limit is None:
         raise PrismError("--tpot-ms says which blocks are worth reading, so it needs --memory")
+    if k_min is not None and tpot_ms is None:
+        raise PrismError("--k-min is the least that --tpot-ms may lead to, so it needs that; --k-active sets a budget")
     from ..checkpoint.read import open_checkpoint
     from ..elastic.dial import Dial
 
     budget = Dial(open_checkpoint(checkpoint, verify=False).elastic.full_budget)
     chosen = budget.full_budget if k_active is None else budget.check(k_active)
-    budget.check(k_min)
+    floor = 1 if k_min is None else budget.check(k_min)
     from transformers import TextStreamer
 
     from ..elastic import load_elastic, set_budget
@@ -66,7 +68,7 @@ def generate(
     length = len(tokenizer(prompt).input_ids) + max_new_tokens
     model = load_offloaded(checkpoint, limit, dtype=dtype, context=length, verify=verify)
     set_budget(model, chosen)
-    pace = set_deadline(model, tpot_ms, k_min)
+    pace = set_deadline(model, tpot_ms, floor)
     with shown(tokenizer, prompt, manager_of(model), pace) as streamer:
         continue_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, streamer)
 

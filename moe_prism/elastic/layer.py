@@ -146,7 +146,7 @@ def run_budgets(
     look, neurons = (step, None) if step is None else state.dial.spend(step)
     runs: float = index.numel()
     if step is not None and hidden_states.device.type == "cpu":  # elsewhere it decides nothing
-        runs = int(step.k_active.sum()) / n
+        runs = (int(step.k_active.sum()) if step.pairs is None else step.pairs) / n
     what: What = "experts" if step is None else "parts" if neurons is None else "neurons"
     executor = choose_executor(state.dial.executor, module, hidden_states, runs, what)
     if step is None and not executor.runs_full:

@@ -5,7 +5,7 @@ Knows nothing of how a choice is made (``pace``) or how blocks are read (``manag
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Deadline:
         counted = self.manager.statistics.since(self._before)
         if counted.stall_bytes >= _SAMPLE * stride:
             self.pace.observe(stride / counted.stall_bandwidth)
-            self._before = self.manager.statistics.since(Statistics())
+            self._before = replace(self.manager.statistics)
 
 
 def set_deadline(model: nn.Module, tpot_ms: float | None, k_min: Budget = 1) -> Pace | None:

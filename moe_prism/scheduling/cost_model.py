@@ -33,8 +33,6 @@ from numpy.typing import NDArray
 from ..errors import PrismError
 from .step_load import LOW, TERMS, MeasuredStep, StepLoad
 
-VERSION = 1
-
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -100,6 +98,11 @@ class CostModel:
         object.__setattr__(self, "_prompt_token", prompt)
         gated = c["decode_tokens"] + c["decode_work"] * share + c["gated_tokens"] + c["decode_low"] * low
         object.__setattr__(self, "_gated_token", gated)
+
+    @classmethod
+    def free(cls, full_budget: int, sub_experts: int) -> CostModel:
+        """For an engine that was not measured: no time is ever short, so load and objectives move no budget."""
+        return cls(tuple(1e-9 for _ in TERMS), full_budget, sub_experts)
 
     def seconds(self, load: StepLoad) -> float:
         """Predicted time of a step."""

@@ -42,3 +42,9 @@ def budget_bounds(k_min: int | None, k_active: int | None, full_budget: int, def
             "k_min", f"vllm_xargs.k_min must be from 1 to k_active = {most}, got {floor}; raise k_active or lower k_min"
         )
     return floor, most
+
+
+def budget_buckets(full_budget: int) -> list[int]:
+    """Of a histogram of budgets: at most 64 upper bounds, equally far apart; the last is full budget."""
+    step = -(-full_budget // 64)
+    return sorted({*range(step, full_budget, step), full_budget})

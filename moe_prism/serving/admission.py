@@ -8,17 +8,19 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.schema import OperatingPoints
 from ..engine import Generation, Sampling
 from ..errors import PrismError
-from ..offload import Statistics
 from ..scheduling import Request
 from ..scheduling.quality import BudgetError, budget_bounds
 from .chat import chat_prompt
 from .errors import ApiError
 from .schema import MAX_CHOICES, ChatRequest, CompletionRequest, Quality
+
+if TYPE_CHECKING:
+    from ..offload import Statistics
 
 DEFAULT_MAX_TOKENS = 16  # of completions, as in the OpenAI API; a chat may fill the context
 

@@ -109,8 +109,7 @@ def create_app(model: ServedModel, engine: Engine, limits: ServerLimits) -> Fast
     """The ASGI application; ``app.state.bridge`` is its bridge to the engine."""
     metrics = Metrics(model.name, model.full_budget)
     if model.blocks is not None:
-        counted = model.blocks
-        metrics.watch_blocks(lambda: counted)
+        metrics.watch_blocks(model.blocks)
     bridge = Bridge(engine, metrics, limits.max_waiting)
     answering = Answering(model, bridge)
     page = page_html()

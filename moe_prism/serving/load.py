@@ -18,11 +18,8 @@ from ..elastic import dial_of, load_elastic
 from ..engine import Engine, Generation
 from ..engine.identity import ENGINE, machine_of
 from ..errors import PrismError
-from ..offload import load_offloaded
-from ..offload.load import manager_of
 from ..scheduling import POLICIES, CostModel, Limits, Request
 from ..scheduling.cost_file import load_cost_model
-from ..scheduling.step_load import TERMS
 from .admission import ServedModel
 
 logger = logging.getLogger("moe_prism.serving")
@@ -81,13 +78,17 @@ def load(
     """
     checkpoint = open_checkpoint(path, verify=False)
     limits = options.limits(checkpoint.elastic.full_budget)
+    blocks = None
     if options.memory is None:
         model = load_elastic(path, dtype=dtype, verify=verify)
-    else:
-        model = load_offloaded(path, options.memory, dtype=dtype, context=options.memory_tokens, verify=verify)
-    if options.memory is None:
         cost = cost_model(checkpoint, machine_of(model))
-    else:  # a step's time depends on what was cached: no sum of its tokens' terms tells it
+    else:
+        from ..offload import load_offloaded  # a server in memory starts without it
+        from ..offload.load import manager_of
+
+        model = load_offloaded(path, options.memory, dtype=dtype, context=options.memory_tokens, verify=verify)
+        blocks = manager_of(model).statistics
+        # A step's time depends on what was cached: no sum of its tokens' terms tells it.
         logger.warning("%s is offloaded: load and objectives will not move budgets", path)
         cost = _free(checkpoint)
     policy = POLICIES.get(options.policy)(cost)
@@ -104,7 +105,7 @@ def load(
         created=int(time.time()),
         points=checkpoint.operating_points(),
         named=dict(dial_of(model).points),
-        blocks=None if options.memory is None else manager_of(model).statistics,
+        blocks=blocks,
     )
     warm_up(engine)
     return served, engine
@@ -127,8 +128,7 @@ def cost_model(checkpoint: ElasticCheckpoint, machine: str) -> CostModel:
 
 def _free(checkpoint: ElasticCheckpoint) -> CostModel:
     elastic = checkpoint.elastic
-    coefficients = tuple(1e-9 for _ in TERMS)
-    return CostModel(coefficients, elastic.full_budget, elastic.num_experts * elastic.num_sub_experts)
+    return CostModel.free(elastic.full_budget, elastic.num_experts * elastic.num_sub_experts)
 
 
 def warm_up(engine: Engine) -> None:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from ..offload import Statistics
 from ..scheduling import Request
+from ..scheduling.quality import budget_buckets
+
+if TYPE_CHECKING:
+    from ..offload import Statistics
 
 PREFIX = "moe_prism:"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -45,12 +48,12 @@ class Track:
 class _Blocks(Collector):
     """The counts of an offloaded model as metrics."""
 
-    def __init__(self, model: str, counted: Callable[[], Statistics]) -> None:
+    def __init__(self, model: str, counted: Statistics) -> None:
         self._model, self._counted = model, counted
 
     def collect(self) -> Iterator[Metric]:
         """One family a count."""
-        now = self._counted()
+        now = self._counted
         for name, text, value in (
             ("offload_hits", "Required blocks that were in memory.", now.hits),
             ("offload_misses", "Required blocks that were not.", now.misses),
@@ -65,12 +68,6 @@ class _Blocks(Collector):
             family = CounterMetricFamily(PREFIX + name, text, labels=("model_name",))
             family.add_metric((self._model,), value)
             yield family
-
-
-def budget_buckets(full_budget: int) -> list[int]:
-    """At most 64 upper bounds, equally far apart; the last is full budget."""
-    step = -(-full_budget // 64)
-    return sorted({*range(step, full_budget, step), full_budget})
 
 
 class Metrics:
@@ -131,8 +128,8 @@ class Metrics:
         self._waiting.set_function(waiting)
         self._cache.set_function(cache)
 
-    def watch_blocks(self, counted: Callable[[], Statistics]) -> None:
-        """Where an offloaded model's counts are read from, at every scrape."""
+    def watch_blocks(self, counted: Statistics) -> None:
+        """An offloaded model's counts, which go on; they are read at every scrape."""
         self._registry.register(_Blocks(self._model, counted))
 
     def arrived(self, prompt_tokens: int) -> None:

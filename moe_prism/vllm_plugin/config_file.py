@@ -14,7 +14,7 @@ import yaml
 
 from ..checkpoint.read import open_checkpoint
 from ..checkpoint.schema import CONFIG_KEY
-from ..errors import PrismError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from .setup import SCHEDULER, SUPPORTED, WORKER, Options
 
 
@@ -30,15 +30,13 @@ def config_text(path: Path, options: Options, name: str | None = None) -> str:
         PrismError: not an elastic checkpoint, of a family without budgets in vLLM, or an impossible option.
     """
     checkpoint = open_checkpoint(path, verify=False)
-    elastic = checkpoint.elastic
     architectures = json.loads((path / "config.json").read_bytes()).get("architectures") or ["unknown"]
     if architectures[0] not in SUPPORTED:
         raise UnsupportedModelError(
             f"{architectures[0]} has no budgets in vLLM; supported: {', '.join(SUPPORTED)}. Serve it with "
             f"`moe-prism serve {path}`"
         )
-    if options.k_min is not None and not 1 <= options.k_min <= elastic.full_budget:
-        raise PrismError(f"k_min must be from 1 to {elastic.full_budget} (full budget), got {options.k_min}")
+    options.check(checkpoint.elastic.full_budget)
     given = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
     settings: dict[str, Any] = {
         "model": str(path.resolve()),

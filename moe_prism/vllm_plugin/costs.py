@@ -17,7 +17,6 @@ import vllm
 from ..evaluation.environment import cpu_name, usable_cores
 from ..scheduling import CostModel, StepLoad
 from ..scheduling.cost_file import read_cost_model
-from ..scheduling.step_load import TERMS
 from .planner import Part, Track
 from .setup import Setup
 
@@ -50,7 +49,7 @@ def cost_model_of(setup: Setup, vllm_config: Any) -> CostModel:
         "no cost model is named: load and objectives will not move budgets; docs/vllm.md says how to fit one"
     )
     elastic = setup.elastic
-    return CostModel(tuple(1e-9 for _ in TERMS), elastic.full_budget, elastic.num_experts * elastic.num_sub_experts)
+    return CostModel.free(elastic.full_budget, elastic.num_experts * elastic.num_sub_experts)
 
 
 class Recorder:

@@ -10,6 +10,7 @@ from typing import Any
 from prometheus_client import REGISTRY, Counter, Histogram
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from ..scheduling.quality import budget_buckets
 from . import symbols
 from .counts import PREFIX, found
 from .setup import setup_of
@@ -28,8 +29,7 @@ class BudgetMetrics(StatLoggerBase):
         if setup is None:
             return
         full = setup.elastic.full_budget
-        step = -(-full // 64)
-        buckets = sorted({*range(step, full, step), full})
+        buckets = budget_buckets(full)
         self._make(Histogram, "token_k_active", "Budgets of generated tokens, in sub-experts.", buckets=buckets)
         self._make(Histogram, "token_k_min", "Quality floors of generated tokens.", buckets=buckets)
         self._make(Counter, "degraded_tokens", "Tokens generated below the budget that their request wants.")

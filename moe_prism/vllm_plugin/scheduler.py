@@ -18,11 +18,10 @@ from .arguments import quality_of
 from .costs import Recorder, cost_model_of
 from .counts import Counts
 from .planner import Part, Planner, Track
-from .setup import Setup, setup_of
+from .setup import BUDGETS, Setup, setup_of
 
 symbols.require()
 
-BUDGETS = "moe_prism_budgets"  # attribute of vLLM's SchedulerOutput: request id -> budget
 REPLY = "moe_prism"  # key in the reply's kv_transfer_params, the one field that vLLM passes through to clients
 
 

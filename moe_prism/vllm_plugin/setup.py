@@ -13,18 +13,12 @@ from ..checkpoint.read import ElasticCheckpoint, open_checkpoint
 from ..checkpoint.schema import CONFIG_KEY, ElasticConfig, parse_elastic_config
 from ..errors import PrismError, UnsupportedModelError
 from ..scheduling import POLICIES
+from .plugin import MODELS
 
 WORKER = "moe_prism.vllm_plugin.worker.ElasticWorker"
-# Architectures that have budgets, by vLLM's names.
-SUPPORTED = (
-    "OlmoeForCausalLM",
-    "MixtralForCausalLM",
-    "Qwen2MoeForCausalLM",
-    "Qwen3MoeForCausalLM",
-    "DeepseekV2ForCausalLM",
-    "DeepseekV3ForCausalLM",
-)
 SCHEDULER = "moe_prism.vllm_plugin.scheduler.ElasticScheduler"
+SUPPORTED = tuple(MODELS)  # architectures that have budgets, by vLLM's names
+BUDGETS = "moe_prism_budgets"  # attribute of vLLM's SchedulerOutput: request id -> budget
 
 
 @dataclass(frozen=True)
@@ -61,6 +55,11 @@ class Options:
         options = cls(**given)
         POLICIES.get(options.policy)
         return options
+
+    def check(self, full_budget: int) -> None:
+        """Raise PrismError for a floor that the checkpoint cannot have."""
+        if self.k_min is not None and not 1 <= self.k_min <= full_budget:
+            raise PrismError(f"k_min must be from 1 to {full_budget} (full budget), got {self.k_min}")
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,7 @@ def setup_of(vllm_config: Any) -> Setup | None:
         )
     elastic = parse_elastic_config(raw)
     options = Options.of(vllm_config.additional_config)
-    if options.k_min is not None and not 1 <= options.k_min <= elastic.full_budget:
-        raise PrismError(f"k_min must be from 1 to {elastic.full_budget} (full budget), got {options.k_min}")
+    options.check(elastic.full_budget)
     _refuse(vllm_config, elastic)
     return Setup(elastic, _folder(model), options)
 

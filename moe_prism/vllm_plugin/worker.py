@@ -15,7 +15,7 @@ from ..errors import PrismError
 from . import symbols
 from .experts import dial_of_model
 from .runners import watch
-from .setup import SCHEDULER
+from .setup import BUDGETS, SCHEDULER
 
 symbols.require()
 
@@ -23,8 +23,6 @@ if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Base
 else:
     from vllm.v1.worker.gpu_worker import Worker as Base
-
-BUDGETS = "moe_prism_budgets"  # attribute that the scheduler sets
 
 
 class ElasticWorker(Base):

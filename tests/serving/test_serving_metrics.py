@@ -10,7 +10,8 @@ from serving_live import NAME, OPTIONS, Live, live_server
 
 from moe_prism.offload import pack_checkpoint
 from moe_prism.scheduling import Request
-from moe_prism.serving.metrics import PREFIX, Metrics, Track, budget_buckets
+from moe_prism.scheduling.quality import budget_buckets
+from moe_prism.serving.metrics import PREFIX, Metrics, Track
 
 
 def values(text: str) -> dict[str, float]:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -36,37 +32,13 @@ def address(checkpoint: Path) -> Iterator[str]:
     config = checkpoint.parent / "vllm.yaml"
     done = CliRunner().invoke(app, ["vllm-config", str(checkpoint), "--out", str(config)])
     assert done.exit_code == 0, done.output
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", "--config", str(config), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "96"]
-    command += ["--kv-cache-memory-bytes", str(1 << 24)]
-    log = (checkpoint.parent / "log").open("w")
+    from vllm_bench.server import serving  # found by the path that vllm_live adds
+
+    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "96"]
+    options += ["--kv-cache-memory-bytes", str(1 << 24)]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
-    try:
-        wait(server, f"http://127.0.0.1:{port}/health", Path(log.name))
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.send_signal(signal.SIGTERM)
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-        log.close()
-
-
-def wait(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    for _ in range(240):
-        if server.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(url, timeout=2):
-                return
-        except OSError:
-            time.sleep(0.5)
-    pytest.fail(f"vllm serve did not start:\n{log.read_text()[-4000:]}")
+    with serving(config, options, environment) as found:
+        yield found
 
 
 @pytest.fixture

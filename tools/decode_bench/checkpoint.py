@@ -41,16 +41,9 @@ SHAPE = {
 SPREAD = {"mlp.gate.": 2.5, "gate_proj": 1.5, "up_proj": 1.5, "down_proj": 3.0}
 
 
-def write_model(out: Path, layers: int, seed: int, **changes: int) -> None:
-    """Write the checkpoint, whole or not at all.
-
-    Args:
-        out: a new directory.
-        layers: number of layers; one takes 0.84 GB, the rest 0.41 GB.
-        seed: of weights and importances.
-        changes: other sizes than OLMoE's, for tests.
-    """
-    config = AutoConfig.for_model(
+def olmoe_config(layers: int, **changes: int) -> PreTrainedConfig:
+    """OLMoE-1B-7B with some number of layers; ``changes``: other sizes than OLMoE's."""
+    return AutoConfig.for_model(
         "olmoe",
         num_hidden_layers=layers,
         norm_topk_prob=False,
@@ -62,21 +55,38 @@ def write_model(out: Path, layers: int, seed: int, **changes: int) -> None:
         pad_token_id=1,
         **SHAPE | changes,
     )
-    recipe = Recipe(num_sub_experts=NUM_SUB_EXPERTS, gate="static", calibration_tokens=512)
-    elastic = ElasticConfig(
-        num_sub_experts=NUM_SUB_EXPERTS,
+
+
+def elastic_config(config: PreTrainedConfig, parts: int, seed: int) -> ElasticConfig:
+    """What the checkpoint says of itself with ``parts`` sub-experts an expert: a static gate, nothing was solved."""
+    return ElasticConfig(
+        num_sub_experts=parts,
         num_experts=config.num_experts,
         num_neurons=config.intermediate_size,
         top_k=config.num_experts_per_tok,
-        full_budget=config.num_experts_per_tok * NUM_SUB_EXPERTS,
+        full_budget=config.num_experts_per_tok * parts,
         gate="static",
         solver="none",
         seed=seed,
-        layers=[_experts(layer) for layer in range(layers)],
+        layers=[experts_name(layer) for layer in range(config.num_hidden_layers)],
         calibration=Calibration(text="none", tokens=0),
         weights_dtype="bfloat16",
         created_with=versions(),
     )
+
+
+def write_model(out: Path, layers: int, seed: int, **changes: int) -> None:
+    """Write the checkpoint, whole or not at all.
+
+    Args:
+        out: a new directory.
+        layers: number of layers; one takes 0.84 GB, the rest 0.41 GB.
+        seed: of weights and importances.
+        changes: other sizes than OLMoE's, for tests.
+    """
+    config = olmoe_config(layers, **changes)
+    recipe = Recipe(num_sub_experts=NUM_SUB_EXPERTS, gate="static", calibration_tokens=512)
+    elastic = elastic_config(config, NUM_SUB_EXPERTS, seed)
     check_disk_space(out, _bytes(config))
     shards, tensors = out.with_name(out.name + ".weights"), _gate_tensors(config, seed)
     shards.mkdir(parents=True, exist_ok=True)
@@ -87,7 +97,7 @@ def write_model(out: Path, layers: int, seed: int, **changes: int) -> None:
         save_file(shard, shards / file, metadata={"format": "pt"})
         index |= dict.fromkeys(shard, file)
         if number < layers:
-            tensors[f"{_experts(number)}.{FINGERPRINT}"] = _fingerprint(shard, number)
+            tensors[f"{experts_name(number)}.{FINGERPRINT}"] = _fingerprint(shard, number)
 
     def save(folder: Path) -> None:
         config.save_pretrained(folder)
@@ -108,7 +118,8 @@ def write_model(out: Path, layers: int, seed: int, **changes: int) -> None:
     )
 
 
-def _experts(layer: int) -> str:
+def experts_name(layer: int) -> str:
+    """Of the module."""
     return f"model.layers.{layer}.mlp.experts"
 
 
@@ -152,7 +163,7 @@ def _gate_tensors(config: PreTrainedConfig, seed: int) -> dict[str, Tensor]:
     experts, neurons = config.num_experts, config.intermediate_size
     tensors = {}
     for layer in range(config.num_hidden_layers):
-        name = _experts(layer)
+        name = experts_name(layer)
         tensors[permutation_key(name)] = torch.arange(neurons, dtype=torch.int32).repeat(experts, 1)
         tensors[f"{name}.importance"] = torch.rand(experts, NUM_SUB_EXPERTS, generator=generator)
     return tensors

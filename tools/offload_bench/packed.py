@@ -12,30 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from decode_bench.checkpoint import SHAPE, SPREAD
+from decode_bench.checkpoint import NUM_SUB_EXPERTS, SPREAD, elastic_config, olmoe_config
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from moe_prism.checkpoint.schema import CONFIG_KEY, TENSORS_FILE, Calibration, ElasticConfig
-from moe_prism.evaluation.environment import versions
+from moe_prism.checkpoint.schema import CONFIG_KEY, TENSORS_FILE
 from moe_prism.offload.block_file import BlockLayout, checksum
 from moe_prism.offload.pack import BLOCKS_FILE, RESIDENT_FILE
-
-NUM_SUB_EXPERTS = 4
-
-
-def config_of(layers: int) -> PreTrainedConfig:
-    """OLMoE-1B-7B with some number of layers."""
-    return AutoConfig.for_model(
-        "olmoe",
-        num_hidden_layers=layers,
-        norm_topk_prob=False,
-        tie_word_embeddings=False,
-        architectures=["OlmoeForCausalLM"],
-        dtype="bfloat16",
-        **SHAPE,
-    )
 
 
 def write_packed(
@@ -54,22 +38,9 @@ def write_packed(
     work = out.with_name(f".{out.name}.writing")
     shutil.rmtree(work, ignore_errors=True)
     (work / TENSORS_FILE).parent.mkdir(parents=True)
-    config = config_of(layers)
-    names = [f"model.layers.{layer}.mlp.experts" for layer in range(layers)]
-    elastic = ElasticConfig(
-        num_sub_experts=parts,
-        num_experts=config.num_experts,
-        num_neurons=config.intermediate_size,
-        top_k=config.num_experts_per_tok,
-        full_budget=config.num_experts_per_tok * parts,
-        gate="static",
-        solver="none",
-        seed=seed,
-        layers=names,
-        calibration=Calibration(text="none", tokens=0),
-        weights_dtype="bfloat16",
-        created_with=versions(),
-    )
+    config = olmoe_config(layers)
+    elastic = elastic_config(config, parts, seed)
+    names = elastic.layers
     setattr(config, CONFIG_KEY, elastic.model_dump(mode="json"))
     config.save_pretrained(work)
     if parts != NUM_SUB_EXPERTS:

@@ -7,11 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +22,7 @@ from moe_prism.scheduling.outcomes import Job
 from moe_prism.scheduling.workloads import Mix, poisson
 from moe_prism.vllm_plugin.config_file import config_text
 from moe_prism.vllm_plugin.setup import Options
+from vllm_bench.server import serving
 
 NAME = "served"
 PROMPT, OUTPUT = 32, 24  # tokens of a request
@@ -36,45 +32,18 @@ FLOORS, WEIGHTS = (0.25, 0.5, 1.0), (0.5, 0.3, 0.2)
 @contextmanager
 def server(checkpoint: Path, elastic: Options | None, options: dict[str, Any], folder: Path) -> Iterator[str]:
     """``vllm serve`` in processes of its own, with the plugin or with all plugins off; gives its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     settings = {"model": str(checkpoint), "served-model-name": NAME}
     if elastic is not None:
         settings = yaml.safe_load(config_text(checkpoint, elastic, NAME))
     names = {name.replace("_", "-"): value for name, value in options.items()}
     file = folder / f"{'elastic' if elastic else 'stock'}.yaml"
-    file.write_text(
-        yaml.safe_dump({**settings, **names, "host": "127.0.0.1", "port": port, "no-enable-prefix-caching": True})
-    )
+    file.write_text(yaml.safe_dump({**settings, **names, "no-enable-prefix-caching": True}))
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     if elastic is None:
         environment["VLLM_PLUGINS"] = ""
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", "--config", str(file)]
-    with file.with_suffix(".log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            _wait(process, f"http://127.0.0.1:{port}/health", Path(log.name))
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    for _ in range(300):
-        if process.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(url, timeout=2):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise SystemExit(f"vllm serve did not start:\n{log.read_text()[-3000:]}")
+    with serving(file, environment=environment) as address:
+        yield address
 
 
 def _prompts(jobs: Sequence[Job], seed: int) -> list[list[int]]:
