@@ -30,11 +30,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from moe_prism.checkpoint.atomic import replace_file
+from moe_prism.elastic.cpu_selection import select_all
 from moe_prism.elastic.dial import Dial
 from moe_prism.elastic.executors import EXECUTORS, NeuronRule
 from moe_prism.elastic.executors.cpu import as_rows
 from moe_prism.elastic.layer import ElasticLayer, elastic_experts
-from moe_prism.elastic.selection import whole_experts
 from moe_prism.evaluation.environment import machine, versions
 from moe_prism.experts import find_expert_layers
 from moe_prism.experts.packing import pack, packed_rows
@@ -124,7 +124,7 @@ class Bench:
         def quarter(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             count = int(NEURON_SHARE * SHAPE["num_experts_per_tok"] * SHAPE["intermediate_size"])
             rule = NeuronRule(self.scale, count=torch.full((len(x),), count))
-            return EXECUTORS.create("cpu").run_some(self.ours, x, whole_experts(index, weights, None), 1, rule)
+            return EXECUTORS.create("cpu").run_some(self.ours, x, select_all(weights, index), 1, rule)
 
         found: dict[tuple[str, int], Callable[..., torch.Tensor]] = {}
         for k_active in BUDGETS:

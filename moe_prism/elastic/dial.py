@@ -103,6 +103,8 @@ class Dial:
         self._requests: Tensor | None = None
         self._floors: Tensor | None = None
         self._filled_cap: int | None = None
+        # The budgets of the last layer, where all tokens have the same: the next one wants them again.
+        self._same: tuple[tuple[int, int, torch.device], Tensor] | None = None
 
     def check(self, k_active: object) -> int:
         """``k_active`` itself; raises PrismError if it is not a whole number in range."""
@@ -236,8 +238,9 @@ class Dial:
         mine = self._number(int(self.k_active), layer)
         if mine == self.full_budget and self.cap is None:
             return None
-        budgets = torch.full((tokens,), mine, device=device)
-        return self._with_floor(budgets, tokens * mine, layer)
+        if self._same is None or self._same[0] != (tokens, mine, device):
+            self._same = (tokens, mine, device), torch.full((tokens,), mine, device=device)
+        return self._with_floor(self._same[1], tokens * mine, layer)
 
     def spend(self, step: StepBudgets) -> tuple[StepBudgets, Tensor | None]:
         """Budgets of sub-experts to look at, and neurons every token runs, int64 ``[T]`` on the CPU; None for all."""

@@ -103,8 +103,9 @@ def elastic_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         from .model import attach_on_demand
 
         state = attach_on_demand(module)
-    step = state.dial.step(len(hidden_states), hidden_states.device, state.number)
-    many = len(hidden_states) > SPLIT_FROM and hidden_states.device.type == "cpu"
+    tokens, device = hidden_states.shape[0], hidden_states.device
+    step = state.dial.step(tokens, device, state.number)
+    many = tokens > SPLIT_FROM and device.type == "cpu"
     if many and step is not None and step.k_min is step.means is None:
         whole = step.k_active == state.dial.full_budget
         count = int(whole.sum())

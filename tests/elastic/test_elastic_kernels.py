@@ -7,6 +7,7 @@ import torch
 
 from moe_prism.elastic.kernels import gated_blocks
 from moe_prism.elastic.kernels.compiled import narrow
+from moe_prism.elastic.kernels.neurons import keep_best
 from moe_prism.elastic.kernels.streams import add_4_rows, dot_4_rows
 
 
@@ -108,3 +109,31 @@ def test_a_block_gives_the_same_bits_in_any_company_and_on_any_number_of_threads
         torch.set_num_threads(before)
     assert np.allclose(found[0], expected, rtol=1e-4, atol=1e-3)
     assert all(np.array_equal(other, found[0]) for other in found)
+
+
+VALUES = {
+    "different": lambda rng, shape: rng.standard_normal(shape),
+    "equal": lambda rng, shape: rng.integers(-1, 2, shape),
+    "zeros of both signs": lambda rng, shape: np.where(rng.random(shape) < 0.5, -0.0, 0.0),
+    "infinite": lambda rng, shape: np.where(rng.random(shape) < 0.3, np.inf, rng.standard_normal(shape)),
+    "close": lambda rng, shape: 1 + rng.random(shape) * 1e-4,
+}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_the_best_are_kept_and_the_first_among_equals(kind, threshold):
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        pairs, size = rng.integers(1, 7), rng.integers(1, 20)
+        score = VALUES[kind](rng, (pairs, size)).astype(np.float32)
+        token, count = rng.integers(0, 3, pairs), rng.integers(0, pairs * size + 3, 3)
+        expected = []
+        for t in np.unique(token):
+            mine = [(s, c) for s in range(pairs) if token[s] == t for c in range(size)]
+            if count[t]:
+                best = sorted(range(len(mine)), key=lambda i: -score[mine[i]])[: count[t]]
+                expected += [mine[i] for i in sorted(best)]
+            else:
+                expected += [at for at in mine if score[at] > threshold]
+        assert list(zip(*map(list, keep_best(score, token, count, threshold)), strict=True)) == expected

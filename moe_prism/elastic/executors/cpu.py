@@ -6,7 +6,8 @@ A selected sub-expert is three runs of contiguous rows, so its cost is its bytes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numba
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...experts.neurons import is_plain
-from ...experts.packing import PackedRows, packed_rows
+from ...experts.packing import packed_rows
 from ..kernels import add_rows, gated_experts, gated_neurons, multiply_rows
 from ..selection import Selection
 from .base import EXECUTORS, Executor, NeuronRule
@@ -30,6 +31,43 @@ def as_rows(weight: Tensor) -> NDArray[np.generic]:
     bits: NDArray[np.generic]
     bits = flat.view(torch.int16).numpy().view(np.uint16) if weight.dtype == torch.bfloat16 else flat.numpy()
     return bits
+
+
+class Rows(NamedTuple):
+    """The rows of a packed module's experts, as ``as_rows`` gives them.
+
+    Attributes:
+        layout: addresses and strides of the parameters that they were taken from.
+        gate_up: ``[E * 2C, H]``.
+        down: ``[E * C, H]``.
+        neurons: C.
+    """
+
+    layout: tuple[object, ...]
+    gate_up: NDArray[np.generic]
+    down: NDArray[np.generic]
+    neurons: int
+
+
+# Between two layers at one token, caches are cold and finding the rows anew was a twentieth of the layer's time.
+_ROWS: WeakKeyDictionary[nn.Module, Rows] = WeakKeyDictionary()
+
+
+def rows_of(module: nn.Module) -> Rows | None:
+    """The rows of a packed module in CPU memory, found once; None if it is not packed, or of another dtype."""
+    gate_up: Tensor = module.gate_up_proj  # type: ignore[assignment]
+    down: Tensor = module.down_proj  # type: ignore[assignment]
+    layout = gate_up.data_ptr(), gate_up.stride(), down.data_ptr(), down.stride(), down.dtype
+    known = _ROWS.get(module)
+    if known is not None and known.layout == layout:
+        return known
+    _ROWS.pop(module, None)
+    packed = packed_rows(module)
+    if packed is None or packed.down.device.type != "cpu" or packed.down.dtype not in DTYPES:
+        return None
+    rows = Rows(layout, as_rows(packed.gate_up), as_rows(packed.down), packed.down.shape[1])
+    _ROWS[module] = rows
+    return rows
 
 
 @numba.njit(cache=True, nogil=True)
@@ -79,19 +117,20 @@ class CpuExecutor(Executor):
     def refusal(self, module: nn.Module, x: Tensor) -> str | None:
         """Needs packed bfloat16 or fp32 weights in CPU memory."""
         if x.device.type != "cpu":
+            _ROWS.pop(module, None)  # its weights moved: nothing shall keep the old ones
             return f"the input is on {x.device}"
         if x.requires_grad and torch.is_grad_enabled():
             return "it has no gradients; run under torch.no_grad()"
-        rows = packed_rows(module)
-        if rows is None:
-            return "its weights are not packed"
-        if rows.down.dtype not in DTYPES:
-            return f"it knows bfloat16 and fp32 weights, not {rows.down.dtype}"
+        if rows_of(module) is None:
+            dtype = module.down_proj.dtype
+            return (
+                "its weights are not packed" if dtype in DTYPES else f"it knows bfloat16 and fp32 weights, not {dtype}"
+            )
         return None
 
     def run(self, module: nn.Module, x: Tensor, selection: Selection, n: int, computed: Tensor | None = None) -> Tensor:
         """See ``Executor.run``."""
-        rows = packed_rows(module)
+        rows = rows_of(module)
         assert rows is not None  # refusal was asked
         if is_plain(module):
             return _run_plain(rows, x, selection, n, computed)
@@ -104,19 +143,19 @@ class CpuExecutor(Executor):
             hidden = torch.cat([known.float(), hidden], dim=1)
         hidden = hidden * selection.weight[:, None].float()
         out = torch.zeros(x.shape, dtype=torch.float32)
-        size = rows.down.shape[1] // n
-        first = groups.expert * rows.down.shape[1] + groups.part * size
-        add_rows(as_rows(rows.down), hidden.numpy(), groups.token, groups.starts, first, size, out.numpy())
+        size = rows.neurons // n
+        first = groups.expert * rows.neurons + groups.part * size
+        add_rows(rows.down, hidden.numpy(), groups.token, groups.starts, first, size, out.numpy())
         return out.to(x.dtype)
 
     def run_some(self, module: nn.Module, x: Tensor, selection: Selection, n: int, rule: NeuronRule) -> Tensor:
         """See ``Executor.run_some``; skipped up and down rows are skipped bytes, so it is for few tokens."""
-        rows = packed_rows(module)
+        rows = rows_of(module)
         assert rows is not None  # refusal was asked
-        neurons = rows.down.shape[1]
+        neurons = rows.neurons
         out = gated_neurons(
-            as_rows(rows.gate_up),
-            as_rows(rows.down),
+            rows.gate_up,
+            rows.down,
             _tokens(x),
             selection.token.numpy(),
             selection.sub_expert.numpy(),
@@ -140,27 +179,27 @@ def _output(out: NDArray[np.generic], x: Tensor) -> Tensor:
     return tensor.view(torch.bfloat16) if x.dtype == torch.bfloat16 else tensor.to(x.dtype)
 
 
-def _run_plain(rows: PackedRows, x: Tensor, selection: Selection, n: int, computed: Tensor | None) -> Tensor:
+def _run_plain(rows: Rows, x: Tensor, selection: Selection, n: int, computed: Tensor | None) -> Tensor:
     known = (
         np.empty((len(selection.weight), 0), np.float32)
         if computed is None
         else computed[selection.token, selection.slot, selection.sub_expert % n].float().numpy()
     )
     out = gated_experts(
-        as_rows(rows.gate_up),
-        as_rows(rows.down),
+        rows.gate_up,
+        rows.down,
         _tokens(x),
         selection.token.numpy(),
         selection.sub_expert.numpy(),
         selection.weight.float().numpy(),
         known,
-        rows.down.shape[1],
+        rows.neurons,
         n,
     )
     return _output(out, x)
 
 
-def project(module: nn.Module, rows: PackedRows, x: Tensor, groups: Groups, n: int, skipped: int) -> Tensor:
+def project(module: nn.Module, rows: Rows, x: Tensor, groups: Groups, n: int, skipped: int) -> Tensor:
     """Gate and up projections of grouped pairs, laid out for ``_apply_gate``.
 
     Args:
@@ -174,7 +213,7 @@ def project(module: nn.Module, rows: PackedRows, x: Tensor, groups: Groups, n: i
     Returns:
         fp32 ``[S, 2c]``.
     """
-    neurons = rows.down.shape[1]
+    neurons = rows.neurons
     size = neurons // n
     count = size - skipped
     begin = groups.part * size + skipped
@@ -184,5 +223,5 @@ def project(module: nn.Module, rows: PackedRows, x: Tensor, groups: Groups, n: i
         first, parts, run = groups.expert * 2 * neurons + begin, 2, count
     else:  # gate and up rows of a neuron are neighbours
         first, parts, run = groups.expert * 2 * neurons + 2 * begin, 1, 2 * count
-    multiply_rows(as_rows(rows.gate_up), tokens, groups.token, groups.starts, first, parts, neurons, run, out.numpy())
+    multiply_rows(rows.gate_up, tokens, groups.token, groups.starts, first, parts, neurons, run, out.numpy())
     return out

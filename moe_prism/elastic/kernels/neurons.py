@@ -31,6 +31,47 @@ def _score(gate: Array, score: Array, weight: Any, scale: Array) -> None:
         score[c] = np.float32(np.inf) if np.isnan(value) else value
 
 
+_BITS = 12  # of a score: sign, exponent and three bits of mantissa
+
+
+@inner
+def _bucket(bits: Any) -> Any:
+    """The leading bits of an fp32 number, given as uint32, such that greater numbers have greater ones."""
+    flipped = bits ^ (np.uint32(0xFFFFFFFF) if bits >> np.uint32(31) else np.uint32(0x80000000))
+    return flipped >> np.uint32(32 - _BITS)
+
+
+@serial
+def _least_kept(score: Array, mine: Array, count: int) -> Any:
+    """The ``count``-th best score of the rows ``mine``, and how many of those equal to it belong to the best.
+
+    Counts scores by their leading bits first: putting all of them in order took a twentieth of the layer's time.
+    """
+    found = np.zeros(1 << _BITS, np.int64)
+    for s in mine:
+        bits = score[s].view(np.uint32)
+        for c in range(bits.shape[0]):
+            found[_bucket(bits[c])] += 1
+    bucket, above = (1 << _BITS) - 1, 0
+    while above + found[bucket] < count:
+        above += found[bucket]
+        bucket -= 1
+    values, filled = np.empty(found[bucket], np.float32), 0
+    for s in mine:
+        bits = score[s].view(np.uint32)
+        for c in range(bits.shape[0]):
+            if _bucket(bits[c]) == bucket:
+                values[filled] = score[s, c]
+                filled += 1
+    at = filled - (count - above)
+    least = np.partition(values, at)[at]
+    greater = 0
+    for s in mine:  # not ``above`` and those of the bucket: a zero has two signs, which lie in two buckets
+        for c in range(score.shape[1]):
+            greater += score[s, c] > least
+    return least, count - greater
+
+
 @serial
 def keep_best(score: Array, token: Array, count: Array, threshold: float) -> Any:
     """(pair, neuron of its sub-expert) of the kept neurons, those of a token together, in row order.
@@ -52,20 +93,15 @@ def keep_best(score: Array, token: Array, count: Array, threshold: float) -> Any
         total = mine.shape[0] * size
         least, equals = np.float32(threshold), 0
         if count[t] >= total:
-            least = np.float32(-1)  # below every score
+            least = -np.float32(np.inf)  # below every score
         elif count[t]:
-            values = score[mine].copy().reshape(-1)
-            least = np.partition(values, total - count[t])[total - count[t]]
-            equals = count[t] - np.sum(values > least)
+            least, equals = _least_kept(score, mine, count[t])
         for s in mine:
             for c in range(size):
-                take = score[s, c] > least
-                if not take and equals and score[s, c] == least:
-                    take = True
-                    equals -= 1
-                if take:
-                    pair[kept], neuron[kept] = s, c
-                    kept += 1
+                equal = equals > 0 and score[s, c] == least
+                equals -= equal
+                pair[kept], neuron[kept] = s, c  # overwritten by the next one, unless it is kept
+                kept += equal or score[s, c] > least
     return pair[:kept], neuron[:kept]
 
 
