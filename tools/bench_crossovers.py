@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moe_prism.checkpoint.atomic import replace_file
 from moe_prism.elastic.cpu_selection import select
 from moe_prism.elastic.executors import EXECUTORS, NeuronRule
-from moe_prism.elastic.executors.cpu import as_rows
+from moe_prism.elastic.executors.rows import as_rows
 from moe_prism.elastic.kernels import multiply_rows
 from moe_prism.evaluation.environment import machine, versions
 from moe_prism.experts import find_expert_layers

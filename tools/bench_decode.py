@@ -92,6 +92,7 @@ def engines(args: argparse.Namespace, model: Model) -> list[Engine]:
             "VLLM_CACHE_ROOT": str(args.work / "vllm-cache"),
             "TORCHINDUCTOR_CACHE_DIR": str(args.work / "vllm-cache" / "inductor"),
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_PLUGINS": "",  # without ours, should it be installed there
         }
         found.append(Engine(VLLM, args.vllm_python, model.folder, settings))
     return found

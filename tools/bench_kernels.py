@@ -33,7 +33,7 @@ from moe_prism.checkpoint.atomic import replace_file
 from moe_prism.elastic.cpu_selection import select_all
 from moe_prism.elastic.dial import Dial
 from moe_prism.elastic.executors import EXECUTORS, NeuronRule
-from moe_prism.elastic.executors.cpu import as_rows
+from moe_prism.elastic.executors.rows import as_rows
 from moe_prism.elastic.layer import ElasticLayer, elastic_experts
 from moe_prism.evaluation.environment import machine, versions
 from moe_prism.experts import find_expert_layers

@@ -6,13 +6,12 @@ faster than a general matrix product. Knows nothing of experts.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .executors.choice import large_products_are_fast
-from .executors.cpu import as_rows
-from .kernels import multiply_rows
+from .executors.rows import as_rows, forget, from_rows, matrix_of
+from .kernels import multiply_all
 
 # Most tokens for which the kernel is used: in fp32 (`make bench-crossovers`: 1.1 to 1.4 times faster at 32, level at
 # 64), and in bfloat16 on a CPU that has products of it (a cautious guess: none was at hand).
@@ -28,20 +27,17 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + b``; sums in fp32, rounded once."""
-        weight = self.weight.detach()
         tokens = x.numel() // max(1, x.shape[-1])
-        if not _suits(weight, x, tokens):
+        if not _suits(self.weight, x, tokens):
+            forget(self)
             return super().forward(x)
-        flat = x.reshape(tokens, x.shape[-1]).float().contiguous()
-        out = torch.empty(tokens, len(weight))
-        token, starts = np.arange(tokens), np.array([0, tokens])
-        multiply_rows(as_rows(weight), flat.numpy(), token, starts, _ZERO, 1, 0, len(weight), out.numpy())
+        flat = x.reshape(tokens, x.shape[-1]).contiguous()
         if self.bias is not None:
-            out += self.bias.detach().float()
-        return out.to(x.dtype).view(*x.shape[:-1], len(weight))
-
-
-_ZERO = np.zeros(1, np.int64)
+            flat = flat.float()  # so that the sum is rounded with the bias in it
+        out = from_rows(multiply_all(matrix_of(self, self.weight), as_rows(flat)), flat)
+        if self.bias is not None:
+            out = (out + self.bias.detach().float()).to(x.dtype)
+        return out.view(*x.shape[:-1], out.shape[1])
 
 
 def _suits(weight: Tensor, x: Tensor, tokens: int) -> bool:

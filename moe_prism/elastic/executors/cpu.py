@@ -6,8 +6,7 @@ A selected sub-expert is three runs of contiguous rows, so its cost is its bytes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any, ClassVar
 
 import numba
 import numpy as np
@@ -16,58 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...experts.neurons import is_plain
-from ...experts.packing import packed_rows
 from ..kernels import add_rows, gated_experts, gated_neurons, multiply_rows
 from ..selection import Selection
 from .base import EXECUTORS, Executor, NeuronRule
 from .bias import add_gate_up_bias
-
-DTYPES = (torch.bfloat16, torch.float32)
-
-
-def as_rows(weight: Tensor) -> NDArray[np.generic]:
-    """A contiguous weight as NumPy rows ``[R, H]``: fp32, or the bits of bfloat16. No copy."""
-    flat = weight.reshape(-1, weight.shape[-1])
-    bits: NDArray[np.generic]
-    bits = flat.view(torch.int16).numpy().view(np.uint16) if weight.dtype == torch.bfloat16 else flat.numpy()
-    return bits
-
-
-class Rows(NamedTuple):
-    """The rows of a packed module's experts, as ``as_rows`` gives them.
-
-    Attributes:
-        layout: addresses and strides of the parameters that they were taken from.
-        gate_up: ``[E * 2C, H]``.
-        down: ``[E * C, H]``.
-        neurons: C.
-    """
-
-    layout: tuple[object, ...]
-    gate_up: NDArray[np.generic]
-    down: NDArray[np.generic]
-    neurons: int
-
-
-# Between two layers at one token, caches are cold and finding the rows anew was a twentieth of the layer's time.
-_ROWS: WeakKeyDictionary[nn.Module, Rows] = WeakKeyDictionary()
-
-
-def rows_of(module: nn.Module) -> Rows | None:
-    """The rows of a packed module in CPU memory, found once; None if it is not packed, or of another dtype."""
-    gate_up: Tensor = module.gate_up_proj  # type: ignore[assignment]
-    down: Tensor = module.down_proj  # type: ignore[assignment]
-    layout = gate_up.data_ptr(), gate_up.stride(), down.data_ptr(), down.stride(), down.dtype
-    known = _ROWS.get(module)
-    if known is not None and known.layout == layout:
-        return known
-    _ROWS.pop(module, None)
-    packed = packed_rows(module)
-    if packed is None or packed.down.device.type != "cpu" or packed.down.dtype not in DTYPES:
-        return None
-    rows = Rows(layout, as_rows(packed.gate_up), as_rows(packed.down), packed.down.shape[1])
-    _ROWS[module] = rows
-    return rows
+from .rows import DTYPES, Rows, as_rows, forget, from_rows, rows_of
 
 
 @numba.njit(cache=True, nogil=True)
@@ -117,7 +69,7 @@ class CpuExecutor(Executor):
     def refusal(self, module: nn.Module, x: Tensor) -> str | None:
         """Needs packed bfloat16 or fp32 weights in CPU memory."""
         if x.device.type != "cpu":
-            _ROWS.pop(module, None)  # its weights moved: nothing shall keep the old ones
+            forget(module)
             return f"the input is on {x.device}"
         if x.requires_grad and torch.is_grad_enabled():
             return "it has no gradients; run under torch.no_grad()"
@@ -166,17 +118,11 @@ class CpuExecutor(Executor):
             neurons,
             n,
         )
-        return _output(out, x)
+        return from_rows(out, x)
 
 
 def _tokens(x: Tensor) -> NDArray[np.generic]:
     return as_rows(x.contiguous()) if x.dtype in DTYPES else x.float().numpy()
-
-
-def _output(out: NDArray[np.generic], x: Tensor) -> Tensor:
-    """What a kernel returned for ``_tokens(x)``, in the dtype of ``x``."""
-    tensor = torch.from_numpy(out)
-    return tensor.view(torch.bfloat16) if x.dtype == torch.bfloat16 else tensor.to(x.dtype)
 
 
 def _run_plain(rows: Rows, x: Tensor, selection: Selection, n: int, computed: Tensor | None) -> Tensor:
@@ -196,7 +142,7 @@ def _run_plain(rows: Rows, x: Tensor, selection: Selection, n: int, computed: Te
         rows.neurons,
         n,
     )
-    return _output(out, x)
+    return from_rows(out, x)
 
 
 def project(module: nn.Module, rows: Rows, x: Tensor, groups: Groups, n: int, skipped: int) -> Tensor:

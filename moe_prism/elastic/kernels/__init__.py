@@ -7,7 +7,15 @@ from .blocks import gated_blocks
 from .digits import digit_neurons
 from .gated import gated_experts
 from .neurons import gated_neurons
-from .products import multiply_rows
+from .products import multiply_all, multiply_rows
 from .sums import add_rows
 
-__all__ = ["add_rows", "digit_neurons", "gated_blocks", "gated_experts", "gated_neurons", "multiply_rows"]
+__all__ = [
+    "add_rows",
+    "digit_neurons",
+    "gated_blocks",
+    "gated_experts",
+    "gated_neurons",
+    "multiply_all",
+    "multiply_rows",
+]

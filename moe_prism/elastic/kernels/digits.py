@@ -14,8 +14,9 @@ import numpy as np
 
 from .compiled import inner, parallel, serial
 from .digit_rows import add_digits, dot_digits
-from .gated import total, widened
+from .gated import total
 from .neurons import keep_best
+from .products import widened
 from .threads import Kernel
 
 Array = Any

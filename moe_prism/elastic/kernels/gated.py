@@ -12,8 +12,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from .compiled import RUN, inner, narrow, parallel, serial, share_tasks, widen
-from .products import multiply_run
+from .compiled import RUN, inner, narrow, parallel, serial, share_tasks
+from .products import multiply_run, widened
 from .sums import add_run
 from .threads import Kernel
 
@@ -31,16 +31,6 @@ def activate(gate_up: Array, weight: Array, known: Array, begin: int, end: int, 
             else:
                 gate = gate_up[s, c]
                 gate_up[s, c] = weight[s] * (gate / (np.float32(1) + np.exp(-gate)) * gate_up[s, size + c])
-
-
-@serial
-def widened(x: Array) -> Array:
-    """Tokens as fp32."""
-    out = np.empty(x.shape, np.float32)
-    for t in range(x.shape[0]):
-        for h in range(x.shape[1]):
-            out[t, h] = widen(x[t, h])
-    return out
 
 
 @serial

@@ -12,9 +12,9 @@ import numba
 import numpy as np
 
 from .compiled import RUN, inner, parallel, serial, share_tasks
-from .gated import run_starts, total, widened
+from .gated import run_starts, total
 from .micro import add_row, dot
-from .products import multiply_run
+from .products import multiply_run, widened
 from .streams import add_4_rows, dot_4_rows
 from .threads import Kernel
 

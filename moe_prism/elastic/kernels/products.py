@@ -9,13 +9,24 @@ from __future__ import annotations
 from typing import Any
 
 import numba
+import numpy as np
 
-from .compiled import RUN, parallel, serial, share_tasks
+from .compiled import RUN, narrow, parallel, serial, share_tasks, widen
 from .micro import dot, dot_2_rows_2_tokens, dot_2_rows_4_tokens
 from .streams import dot_4_rows
 from .threads import Kernel
 
 Array = Any
+
+
+@serial
+def widened(x: Array) -> Array:
+    """Tokens as fp32."""
+    out = np.empty(x.shape, np.float32)
+    for t in range(x.shape[0]):
+        for h in range(x.shape[1]):
+            out[t, h] = widen(x[t, h])
+    return out
 
 
 @serial
@@ -103,4 +114,28 @@ Called with: rows ``[R, H]`` (uint16 bits of bfloat16, or fp32); x fp32 ``[T, H]
 group; starts int64 ``[G + 1]``, where each group begins in ``token``; first int64 ``[G]``, each group's first row;
 parts, stride, count: a group is ``parts`` runs of ``count`` rows, ``stride`` rows apart; out fp32
 ``[S, parts * count]``.
+"""
+
+
+def _multiply_all(threads: int, rows: Array, x: Array) -> Array:
+    count, stop = rows.shape[0], x.shape[0]
+    tokens, token = widened(x), np.arange(stop)
+    sums = np.empty((stop, count), np.float32)
+    out = np.empty((stop, count), x.dtype)
+    runs = (count + RUN - 1) // RUN
+    for thread in numba.prange(threads):
+        for run in range(thread * runs // threads, (thread + 1) * runs // threads):
+            begin, end = run * RUN, min((run + 1) * RUN, count)
+            multiply_run(rows, begin, end - begin, tokens, token, 0, stop, sums, begin)
+            for t in range(stop):
+                for r in range(begin, end):
+                    out[t, r] = narrow(sums[t, r], x[0, 0])
+    return out
+
+
+multiply_all = Kernel(serial(_multiply_all), parallel(_multiply_all))
+"""All rows times all tokens, in one call: what is small between two kernels is slow (see ``gated``).
+
+Called with: rows ``[R, H]`` (uint16 bits of bfloat16, or fp32); x ``[T, H]``, either, T at least 1. Returns
+``[T, R]`` in the dtype of x, rounded once.
 """
