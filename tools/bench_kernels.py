@@ -9,7 +9,8 @@ experts' forward: the static gate, selection and executor for ours, transformers
 bfloat16 and, since many CPUs have no bfloat16 product, in fp32 as well. Cases take turns inside one process; in a turn
 a case runs a few steps that follow each other, as the layers of a model do, after one that is not counted. Figures are
 medians with quartiles. The bandwidth is that of the better of two plain reading loops over the same weights with the
-same number of threads, in every round, since a shared machine changes from minute to minute. Knows nothing of quality.
+same number of threads, in every round, since a shared machine changes from minute to minute. In the end come the gates
+and whatever else can be added to a budget, on the last number of threads. Knows nothing of quality.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import torch
+from kernel_bench.additions import Sizes, measure
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import grouped_mm_experts_forward
 
@@ -247,6 +250,13 @@ def main() -> None:
         layer = [row for tokens in args.tokens for row in samples[threads, tokens].rows(tokens)]
         results.append({"threads": threads, "bandwidth_gbs": mid, "bandwidth_spread": [low, high], "layer": layer})
         print(f"{threads} thread(s): {mid} GB/s", *layer, sep="\n", flush=True)
+    threads = args.threads[-1]
+    torch.set_num_threads(threads)
+    sizes = Sizes(SHAPE["num_experts"], SHAPE["intermediate_size"], SHAPE["hidden_size"], FULL // N, N)
+    with torch.inference_mode():
+        make_step = partial(bench.step, dtype=torch.bfloat16)
+        additions = measure(bench.ours, sizes, make_step, args.tokens, args.rounds, args.steps // 2, args.seed)
+    print(f"additions to half budget, {threads} thread(s)", *additions, sep="\n", flush=True)
     tiny = AutoConfig.for_model("olmoe", vocab_size=8, hidden_size=32, num_attention_heads=1, num_hidden_layers=1)
     described = machine(AutoModelForCausalLM.from_config(tiny))
     record = {
@@ -256,6 +266,7 @@ def main() -> None:
         "versions": {**versions(), "numba": numba.__version__},
         "shape": {**SHAPE, "num_sub_experts": N},
         "runs": results,
+        "additions": {"threads": threads, "k_active": FULL // 2, "rows": additions},
     }
     replace_file(args.out, (json.dumps(record, indent=1) + "\n").encode())
 
