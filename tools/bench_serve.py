@@ -55,10 +55,10 @@ PEER_PORT = 8790
 
 
 @contextmanager
-def server(checkpoint: Path, *options: str) -> Iterator[str]:
+def server(checkpoint: Path, *options: str, python: Path = Path(sys.executable)) -> Iterator[str]:
     """``moe-prism serve`` in a process; gives its address."""
     code = "from moe_prism.cli import main; main()"
-    command = [sys.executable, "-c", code, "serve", str(checkpoint), "--port", "0", "--name", NAME, "--no-verify"]
+    command = [str(python), "-c", code, "serve", str(checkpoint), "--port", "0", "--name", NAME, "--no-verify"]
     process = subprocess.Popen(
         [*command, "--k-min", "1", "--max-waiting", "100000", *options], stderr=subprocess.PIPE, text=True
     )
@@ -124,12 +124,12 @@ class Prompts:
         return [self._ids[at : at + length] for at, length in zip(starts.tolist(), lengths, strict=True)]
 
 
-def cold_start(checkpoint: Path, prompt: Sequence[int], full: int, times: int = 3) -> dict[str, Any]:
+def cold_start(checkpoint: Path, prompt: Sequence[int], full: int, python: Path, times: int = 3) -> dict[str, Any]:
     """Seconds from the command to the first token, several times; the file cache is warm after the first."""
     found = []
     for _ in range(times):
         began = time.perf_counter()
-        with server(checkpoint) as url:
+        with server(checkpoint, python=python) as url:
             run = HttpLoad(url, NAME).saturate(jobs(1, full, full, full), [prompt], 1)
             outcome = run.outcomes[0]
             # the run's clock starts with the request
@@ -224,6 +224,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="elastic, with a cost model")
     parser.add_argument("--original", type=Path, default=Path("models/reference"))
+    parser.add_argument(
+        "--cold-python", type=Path, default=Path(sys.executable),
+        help="of an environment with moe-prism[serve] and nothing else, for cold starts: what is installed beside it, "
+        "other libraries may import",
+    )  # fmt: skip
     parser.add_argument("--text", type=Path, required=True, help="prompts are taken from it")
     parser.add_argument("--out", type=Path, default=Path("build/bench/serve.json"))
     parser.add_argument("--seconds", type=float, default=12.0, help="of every open load")
@@ -247,7 +252,7 @@ def main() -> None:
         write_results(options.out, record)
 
     if "cold" in options.parts:
-        record["cold_start"] = cold_start(options.checkpoint, prompts.draw(1, 0)[0], full)
+        record["cold_start"] = cold_start(options.checkpoint, prompts.draw(1, 0)[0], full, options.cold_python)
         print(f"cold start to first token: {record['cold_start']['median']:.2f} s")
         keep()
     if "closed" in options.parts:
