@@ -153,14 +153,14 @@ class CostModel:
         )
 
     def decode_curve(
-        self,
-        budgets: Ints,
-        context: float = 0.0,
-        touched: Floats | None = None,
-        counts: Ints | None = None,
-        *,
-        prompts: bool = False,
+        self, budgets: Ints, context: float = 0.0, touched: Floats | None = None, counts: Ints | None = None
     ) -> Floats:
+        """Seconds that decoding adds to a step; the first of ``decode_curves``."""
+        return self.decode_curves(budgets, context, touched, counts)[0]
+
+    def decode_curves(
+        self, budgets: Ints, context: float = 0.0, touched: Floats | None = None, counts: Ints | None = None
+    ) -> tuple[Floats, Floats]:
         """Seconds that decoding adds to a step, for several choices of budgets at once.
 
         Args:
@@ -168,25 +168,23 @@ class CostModel:
             context: sum of the requests' tokens so far.
             touched: share of sub-experts that each choice touches, ``[X]``; None: what the budgets touch.
             counts: how many requests each of the D budgets stands for, ``[D]``; None: one.
-            prompts: the step has prompts in it, and what ``step_overhead`` counts for them is not counted again.
 
         Returns:
-            ``[X]``; all zero where D = 0.
+            ``[X]`` of a step that only decodes, and of one with prompts in it, in which what ``step_overhead`` counts
+            for them is not counted again; all zero where D = 0.
         """
         weights = np.ones(budgets.shape[1], dtype=np.int64) if counts is None else counts
         batch = int(weights.sum())
         if not batch:
-            return np.zeros(len(budgets))
+            return np.zeros(len(budgets)), np.zeros(len(budgets))
         c = self._by_name
         below = (budgets < self.full_budget).any(axis=1)
         full = batch * (c["decode_tokens"] + c["decode_work"])
         each = np.where(below, _weighted(self._gated_token[budgets], weights), full)
-        curve: Floats = c["decode_step"] + c["context"] * context + each
-        if not prompts:
-            curve += c["several"] * (batch > 1)
-            curve += c["touched"] * (self.touched(budgets, weights) if touched is None else touched)
-            curve += c["gated"] * below
-        return curve
+        beside: Floats = c["decode_step"] + c["context"] * context + each
+        shares = self.touched(budgets, weights) if touched is None else touched
+        alone = beside + c["several"] * (batch > 1) + c["touched"] * shares + c["gated"] * below
+        return alone, beside
 
     def decode_growth(self, budgets: Ints, context: Floats) -> Floats:
         """Seconds that decoding adds to a step for the first r of these requests, ``[R]``, r = 1 .. R.

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -78,6 +79,9 @@ class Request:
                 )
 
 
+_packed = attrgetter("packed")
+
+
 class Columns(NamedTuple):
     """Requests as arrays ``[R]`` of float64; objectives in seconds, NaN where there is none."""
 
@@ -94,7 +98,7 @@ class Columns(NamedTuple):
     @staticmethod
     def rows(requests: Iterable[Request]) -> NDArray[np.float64]:
         """All columns as one array ``[R, 9]``, requests in their order; read-only."""
-        return np.frombuffer(b"".join([r.packed for r in requests])).reshape(-1, len(Columns._fields))
+        return np.frombuffer(b"".join(map(_packed, requests))).reshape(-1, len(Columns._fields))
 
     @classmethod
     def of(cls, requests: Iterable[Request]) -> Columns:
@@ -134,10 +138,10 @@ class Progress(NamedTuple):
     budget: NDArray[np.float64]
 
     @classmethod
-    def of(cls, running: Sequence[Running]) -> Progress:
-        """From requests, in their order."""
-        columns = list(zip(*running, strict=True))[1:] or [()] * 4
-        return cls(*(np.array(column, dtype=np.float64) for column in columns))
+    def of(cls, running: Sequence[Running]) -> tuple[Sequence[Request], Progress]:
+        """What was asked for and how far it is, of requests in their order."""
+        asked, *columns = list(zip(*running, strict=True)) or [()] * 5
+        return asked, cls(*(np.array(column, dtype=np.float64) for column in columns))
 
     def only(self, which: NDArray[np.bool_]) -> Progress:
         """Some of them."""

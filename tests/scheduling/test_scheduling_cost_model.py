@@ -87,7 +87,7 @@ def test_prompts_agree_with_single_steps() -> None:
         extra = 0.0 if k < FULL else SECONDS["gated"]  # the overhead counts a gate whether or not it runs
         extra += SECONDS["touched"] * (1 - k / SUB_EXPERTS) ** 120  # and every sub-expert
         assert seconds.sum() + COST.step_overhead(prompts=True) == pytest.approx(whole + extra)
-    beside = COST.decode_curve(np.array([[3, 5]]), 40.0, prompts=True)[0] + curve[0].sum()
+    beside = COST.decode_curves(np.array([[3, 5]]), 40.0)[1][0] + curve[0].sum()
     untouched = (1 - 3 / SUB_EXPERTS) * (1 - 5 / SUB_EXPERTS) * (1 - 2 / SUB_EXPERTS) ** 120
     together = by_hand([3, 5], 40.0, [(50, 2, 0), (70, 2, 3)]) + SECONDS["touched"] * untouched
     assert beside + COST.step_overhead(prompts=True) == pytest.approx(together)

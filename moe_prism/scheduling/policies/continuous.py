@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import compress
+from operator import attrgetter
 
 import numpy as np
 
@@ -74,12 +76,12 @@ class Continuous(Policy):
 
     def plan(self, state: State, now: float) -> StepPlan:
         """See ``Policy.plan``."""
-        asked, full = [r.request for r in state.running], state.limits.full_budget
-        everyone, progress = Columns.rows(asked), Progress.of(state.running)
+        full, (asked, progress) = state.limits.full_budget, Progress.of(state.running)
+        everyone = Columns.rows(asked)
         decodes = progress.prefilled >= Columns(*everyone.T).prompt_tokens
-        names = [r.id for r, done in zip(asked, decodes.tolist(), strict=True) if done]
+        names = list(compress(map(attrgetter("id"), asked), decodes))
         decoding = self._decoding(names, Columns(*everyone[decodes].T), progress.only(decodes), full, now)
-        begun = [r for r, done in zip(state.running, decodes.tolist(), strict=True) if not done]
+        begun = list(compress(state.running, ~decodes))
         waiting = np.asfortranarray(Columns.rows(state.waiting))  # whole columns are read
         fitting = self._fitting(everyone, waiting, decoding, state, now)
         names = [r.request.id for r in begun] + [state.waiting[i].id for i in fitting.tolist()]

@@ -56,8 +56,7 @@ def curves(cost: CostModel, floor: Ints, most: Ints, context: float, *, capped: 
     kinds, counts = np.unique(floor * (full + 1) + most, return_counts=True)
     low, high = np.divmod(kinds, full + 1)
     budgets = np.minimum(high, low + np.arange(full)[:, None])
-    curve = cost.decode_curve(budgets, context, counts=counts)
-    beside = cost.decode_curve(budgets, context, counts=counts, prompts=True)
+    curve, beside = cost.decode_curves(budgets, context, counts=counts)
     if not capped or not len(floor):
         return curve, curve, beside
     touched = np.full(full, cost.touched(budgets[:1], counts)[0])
