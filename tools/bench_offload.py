@@ -268,8 +268,12 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit(f"{args.work} needs {need / 1e9:.0f} GB of free disk; take fewer --layers and less --memory")
     prepare(args)
     record: dict[str, Any] = {"runs": []}
+    settings = {name: getattr(args, name) for name in ("seed", "layers", "threads", "readers", "warmup", "tokens")}
     if args.resume and args.out.exists():
         record = json.loads(args.out.read_text())
+        other = [f"--{name} {record.get(name)}" for name in settings if record.get(name) != settings[name]]
+        if other:
+            sys.exit(f"{args.out} was measured with {', '.join(other)}; give the same, or another --out")
     keys = ("engine", "routing", "memory_gb", "k_active")
     known = {tuple(run[key] for key in keys) for run in record["runs"]}
     words = shlex.join(sys.argv[1:] if argv is None else argv)
@@ -287,9 +291,8 @@ def main(argv: list[str] | None = None) -> int:
         measured = run(job, args.work)
         row = dict.fromkeys(FIELDS) | about | measured | {"load_average": load}
         record["runs"].append(row)
-        record |= {"command": f"python tools/bench_offload.py {words}", "seed": args.seed, "versions": versions()}
-        record |= {"layers": args.layers, "cpus": os.cpu_count(), "threads": args.threads, "readers": args.readers}
-        record |= {"warmup": args.warmup}
+        record |= {"command": f"python tools/bench_offload.py {words}", "versions": versions(), "cpus": os.cpu_count()}
+        record |= settings
         replace_file(args.out, (json.dumps(record, indent=1) + "\n").encode())
         print(table([row]).splitlines()[-1], file=sys.stderr)
     if not record.get("equal_texts"):
