@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,8 @@ def sweep(
 ) -> None:
     """Measure loss, KL, agreement and cost of every budget, and of the original with fewer experts.
 
-    When no budgets are named, the result and its plot become part of the checkpoint.
+    When no budgets are named, the result and its plot become part of the checkpoint. What is interrupted goes on where
+    it was when the same command is given again: until then CHECKPOINT.sweep beside it has what was measured.
 
     Example: moe-prism sweep olmoe-elastic --text wiki.test.txt --second-text books.txt --json points.json
     """
@@ -57,7 +59,9 @@ def sweep(
     from ..refactor.recipe import Recipe
 
     published = Recipe.parse(opened.recipe(), f"recipe of {checkpoint}").budgets(opened.elastic.full_budget)
+    from ..checkpoint.checksums import SUMS_FILE
     from ..elastic import load_elastic
+    from ..evaluation.kept import Kept
     from ..evaluation.report import write_report
     from ..evaluation.sampling import sampled_text
     from ..evaluation.save import save_points
@@ -75,6 +79,9 @@ def sweep(
         from ..refactor import load_stock
 
         original, _ = load_stock(reference, kind)
+    measured = [checkpoint] if second is None else [checkpoint, second]
+    sums = [(folder / SUMS_FILE).read_text() for folder in measured]
+    kept = Kept(checkpoint.resolve().with_name(f"{checkpoint.resolve().name}.sweep"), json.dumps([str(kind), *sums]))
     with bars({}) as tell, ExitStack() as stack:
         if text is None:
             text = stack.enter_context(
@@ -94,6 +101,7 @@ def sweep(
             reference=original,
             phases=paired,
             progress=tell,
+            kept=kept,
         )
     out.print(frontier_table(result.points))
     if result.points.phases is not None:
@@ -106,3 +114,4 @@ def sweep(
         write_report(report, result.points, opened.recipe(), checkpoint.resolve().name)
     if asked is None:
         save_points(opened, result.points)
+    kept.forget()

@@ -15,6 +15,7 @@ import torch
 
 from moe_prism.errors import PrismError
 
+from .kept import Kept, Sums
 from .points import RunResult
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class _Totals:
         self.kl += float((full.exp() * (full - log_probs)).sum(-1).double().sum())
         self.agreed += int((log_probs.argmax(-1) == full.argmax(-1)).sum())
 
+    def sums(self) -> Sums:
+        return Sums(torch.cat(self.nll), self.kl, self.agreed)
+
     def result(self) -> RunResult:
         nll = torch.cat(self.nll).numpy().astype(np.float32)
         return RunResult(nll=nll, kl=self.kl / len(nll), top1_agreement=self.agreed / len(nll))
@@ -70,6 +74,7 @@ def measure(
     runs: Sequence[Run],
     batch_size: int = 8,
     progress: Progress | None = None,
+    kept: Kept | None = None,
 ) -> dict[str, RunResult]:
     """Token loss, KL to the full model and top-1 agreement of every run on the same tokens.
 
@@ -83,6 +88,7 @@ def measure(
         runs: Settings with unique names.
         batch_size: Windows per forward pass, at least 1.
         progress: Told after every forward pass.
+        kept: Where batches are kept, and found again after an interruption.
 
     Returns:
         For every run its result over n * T tokens, in reading order.
@@ -97,7 +103,13 @@ def measure(
     for each in used:
         each.eval()
     batches = torch.split(windows, batch_size)
-    done, passes = 0, len(batches) * (1 + sum(run.apply is not None for run in runs))
+    each_batch = 1 + sum(run.apply is not None for run in runs)
+    file = None if kept is None else kept.file(windows, list(totals), batch_size)
+    known = 0
+    if file is not None:
+        known, sums = Kept.read(file)
+        totals |= {name: _Totals([each.nll], each.kl, each.agreed) for name, each in sums.items()}
+    done, passes = known * each_batch, len(batches) * each_batch
 
     def finished_one() -> None:
         nonlocal done
@@ -105,7 +117,7 @@ def measure(
         if progress is not None:
             progress(done, passes)
 
-    for batch in batches:
+    for number, batch in enumerate(batches[known:], known + 1):
         ids, targets = batch[:, :-1], batch[:, 1:].to(model.device)
         full = [row.float().log_softmax(-1) for row in _logits(model, ids, "the full model")]
         finished_one()
@@ -119,6 +131,8 @@ def measure(
             for row, full_row, target in zip(logits, full, targets, strict=True):
                 totals[run.name].add(row.to(full_row.device).float().log_softmax(-1), full_row, target)
             finished_one()
+        if file is not None:
+            Kept.write(file, number, {name: total.sums() for name, total in totals.items()})
     return {name: total.result() for name, total in totals.items()}
 
 

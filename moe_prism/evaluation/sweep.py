@@ -17,6 +17,7 @@ from moe_prism.errors import PrismError, UnsupportedModelError
 from moe_prism.experts import find_expert_layers
 
 from .environment import machine, versions
+from .kept import Kept
 from .measure import Run, max_logit_difference, measure
 from .phases import measure_phases
 from .points import Cost, Further, Measured, Provenance, RunResult, build_operating_points
@@ -69,6 +70,7 @@ def sweep(
     reference: PreTrainedModel | None = None,
     phases: Sequence[int] | None = None,
     progress: StageProgress | None = None,
+    kept: Kept | None = None,
 ) -> SweepResult:
     """Measures budgets on a text; the full model runs once for all of them.
 
@@ -89,6 +91,7 @@ def sweep(
         reference: The original model in the same dtype, for the largest logit difference at full budget.
         phases: Budgets to measure on prompts and continuations of the first text too, in all pairs.
         progress: Told after every forward pass.
+        kept: Where finished batches of the texts are kept, for a sweep that is interrupted.
 
     Raises:
         PrismError: a budget out of range or repeated, an unusable text, or models that do not belong together; all
@@ -125,7 +128,7 @@ def sweep(
 
     def measured(stage: str, on: torch.Tensor, what: list[Run]) -> dict[str, RunResult]:
         report = partial(progress, stage) if progress is not None else None
-        return measure(model, on, what, batch_size=batch_size, progress=report)
+        return measure(model, on, what, batch_size=batch_size, progress=report, kept=kept)
 
     difference = None
     with elastic.budget(model, full):

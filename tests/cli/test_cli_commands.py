@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from making import WORDS, save_stock
 from safetensors.torch import load_file
+
+from moe_prism.evaluation.kept import Kept
 
 COMMANDS = ("refactor", "sweep", "generate", "inspect", "restore", "pack", "plan", "demo", "simulate", "profile-cost")
 SMALL = "num_sub_experts: 4\nsolver: greedy\ngate: static\ncalibration_tokens: 512\ncontext: 32\n"
@@ -121,6 +125,25 @@ def test_some_budgets_without_any_text(made, tmp_path) -> None:
     assert [p["k_active"] for p in points["elastic"]] == [4, 8]
     assert points["text"] == "sampled-by-the-model/seed-1.txt"
     assert (made / "second" / "SHA256SUMS").read_bytes() == before  # a partial sweep is not the checkpoint's
+
+
+def test_an_interrupted_sweep_goes_on(made, tmp_path) -> None:
+    kept = made / "second.sweep"
+    command = (
+        *("sweep", made / "second", "--budgets", "4,8", "--text", made / "text.txt", "--tokens", 8192),
+        *("--context", 32, "--json", tmp_path / "points.json"),
+    )
+    stopped = subprocess.Popen([sys.executable, "-c", "from moe_prism.cli import main; main()", *map(str, command)])
+    while stopped.poll() is None and not list(kept.glob("*.safetensors")):
+        time.sleep(0.005)
+    stopped.send_signal(signal.SIGINT)
+    assert stopped.wait(60) != 0
+    assert not (tmp_path / "points.json").exists()
+    (file,) = kept.glob("*.safetensors")
+    assert Kept.read(file)[0] > 0
+    assert run(*command).returncode == 0
+    assert (tmp_path / "points.json").exists()
+    assert not kept.exists()
 
 
 def test_the_demo_on_a_tiny_model(made, tmp_path) -> None:
