@@ -129,6 +129,7 @@ INTERRUPTED = """
 import os, signal
 from moe_prism.cli import main
 from moe_prism.evaluation.kept import Kept
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell is born deaf to it
 write = Kept.write
 def interrupted(*arguments):
     write(*arguments)
