@@ -61,6 +61,7 @@ def sweep(
     published = Recipe.parse(opened.recipe(), f"recipe of {checkpoint}").budgets(opened.elastic.full_budget)
     from ..checkpoint.checksums import SUMS_FILE
     from ..elastic import load_elastic
+    from ..evaluation.environment import versions
     from ..evaluation.kept import Kept
     from ..evaluation.report import write_report
     from ..evaluation.sampling import sampled_text
@@ -81,7 +82,9 @@ def sweep(
         original, _ = load_stock(reference, kind)
     measured = [checkpoint] if second is None else [checkpoint, second]
     sums = [(folder / SUMS_FILE).read_text() for folder in measured]
-    kept = Kept(checkpoint.resolve().with_name(f"{checkpoint.resolve().name}.sweep"), json.dumps([str(kind), *sums]))
+    kept = Kept(
+        checkpoint.resolve().with_name(f"{checkpoint.resolve().name}.sweep"), json.dumps([str(kind), versions(), *sums])
+    )
     with bars({}) as tell, ExitStack() as stack:
         if text is None:
             text = stack.enter_context(

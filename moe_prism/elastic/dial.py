@@ -239,7 +239,8 @@ class Dial:
         if mine == self.full_budget and self.cap is None:
             return None
         if self._same is None or self._same[0] != (tokens, mine, device):
-            self._same = (tokens, mine, device), torch.full((tokens,), mine, device=device)
+            with torch.inference_mode(False):  # it is used again, perhaps where gradients are wanted
+                self._same = (tokens, mine, device), torch.full((tokens,), mine, device=device)
         return self._with_floor(self._same[1], tokens * mine, layer)
 
     def spend(self, step: StepBudgets) -> tuple[StepBudgets, Tensor | None]:
