@@ -1,8 +1,9 @@
 """What every addition to a plain budget costs in time: gates, recalibration, shared budgets, skipped neurons, ladder.
 
 One elastic layer of the bench's shape at half budget, with made-up tensors of the right sizes: their values decide what
-runs, and how much of it only where tokens share. The gates' own work, and whatever else a token at half budget does, is in the times; so an addition
-that saves less than it costs shows as a ratio above 1 to the plain static order. Knows nothing of quality.
+runs, and how much of it only where tokens share. The gates' own work, and whatever else a token at half budget does, is
+in the times; so an addition that saves less than it costs shows as a ratio above 1 to the plain static order. Knows
+nothing of quality.
 """
 
 from __future__ import annotations
