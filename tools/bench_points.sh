@@ -4,10 +4,10 @@
 #     bash tools/bench_points.sh ../shared/data [TOKENS]
 #
 # The second checkpoint is another seed, which reads another part of the calibration text.
-# TOKENS (32,768, what the recipe's points are chosen for) of each text. Writes docs/results/fine-dial/; an hour on 2 cores.
+# TOKENS (16,384, what the recipe's points are chosen for) of each text. Writes docs/results/fine-dial/; an hour on 2 cores.
 set -euo pipefail
 data=$1
-tokens=${2:-32768}
+tokens=${2:-16384}
 prism="$(dirname "$0")/../.venv/bin/moe-prism"
 texts=(--text "$data/gutenberg/valid.txt.xz" --second-text "$data/wikitext2/test.txt" --tokens "$tokens")
 work=build/points

@@ -26,6 +26,10 @@ def generate(
         float | None, typer.Option(help="Milliseconds of a token, within which blocks are read; with --memory.")
     ] = None,
     k_min: Annotated[int | None, typer.Option(help="Least budget that --tpot-ms may lead to; 1 by default.")] = None,
+    k_stored: Annotated[
+        int | None,
+        typer.Option(help="Of the budget, how many run as stored, the rest at 4 bits; with --memory, if packed so."),
+    ] = None,
 ) -> None:
     """Continue a prompt at a budget.
 
@@ -40,12 +44,18 @@ def generate(
         raise PrismError("--tpot-ms says which blocks are worth reading, so it needs --memory")
     if k_min is not None and tpot_ms is None:
         raise PrismError("--k-min is the least that --tpot-ms may lead to, so it needs that; --k-active sets a budget")
+    if k_stored is not None and (limit is None or tpot_ms is not None):
+        raise PrismError(
+            "--k-stored says how many sub-experts of an offloaded token run as stored: it needs --memory, and no "
+            "--tpot-ms, by which time decides that"
+        )
     from ..checkpoint.read import open_checkpoint
     from ..elastic.dial import Dial
 
     budget = Dial(open_checkpoint(checkpoint, verify=False).elastic.full_budget)
     chosen = budget.full_budget if k_active is None else budget.check(k_active)
     floor = 1 if k_min is None else budget.check(k_min)
+    stored = None if k_stored is None else budget.check(k_stored, "k_stored")
     from transformers import TextStreamer
 
     from ..elastic import load_elastic, set_budget
@@ -61,14 +71,20 @@ def generate(
             model, tokenizer, prompt, max_new_tokens, temperature, seed, TextStreamer(tokenizer, skip_prompt=True)
         )
         return
-    from ..offload import load_offloaded, set_deadline
-    from ..offload.load import manager_of
+    from ..offload import load_offloaded, set_deadline, set_stored
+    from ..offload.load import SHADOW_SHARE, has_shadow, manager_of
     from .offloaded import shown
 
     length = len(tokenizer(prompt).input_ids) + max_new_tokens
-    model = load_offloaded(checkpoint, limit, dtype=dtype, context=length, verify=verify)
+    copied = stored is not None or (tpot_ms is not None and has_shadow(checkpoint))
+    shadow = SHADOW_SHARE if copied else None
+    model = load_offloaded(checkpoint, limit, dtype=dtype, context=length, shadow=shadow, verify=verify)
     set_budget(model, chosen)
-    pace = set_deadline(model, tpot_ms, floor)
+    pace = None
+    if tpot_ms is not None:
+        pace = set_deadline(model, tpot_ms, floor)
+    elif stored is not None:
+        set_stored(model, stored)
     with shown(tokenizer, prompt, manager_of(model), pace) as streamer:
         continue_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, streamer)
 

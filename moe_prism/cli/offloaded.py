@@ -28,7 +28,8 @@ def line(counted: Statistics, pace: Pace | None) -> str:
         f"read ahead {counted.ahead_right} of {counted.ahead} right, {counted.cancelled} ended early",
     ]
     if pace is not None:
-        parts.append(f"mean budget {pace.mean_budget:.1f}")
+        low = f", {pace.mean_low:.1f} of it at 4 bits" if pace.low else ""
+        parts.append(f"mean budget {pace.mean_budget:.1f}{low}")
     return "blocks: " + ", ".join(parts)
 
 

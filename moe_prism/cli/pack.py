@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -13,6 +13,9 @@ from .console import bars, out
 def pack(
     checkpoint: Annotated[Path, typer.Argument(help="Elastic checkpoint; it is only read.")],
     output: Annotated[Path, typer.Argument(help="New directory, on the disk to run from.")],
+    shadow_bits: Annotated[
+        int, typer.Option(help="4: also write a copy of every block at 4 bits, for --k-stored and --tpot-ms.")
+    ] = 0,
     verify: Annotated[bool, typer.Option(help="Compare the files with their checksums first.")] = True,
 ) -> None:
     """Write every sub-expert as one block of a file, to run the model in less memory than its size.
@@ -28,6 +31,11 @@ def pack(
     quiet()
     with bars({"pack": "writing blocks"}) as tell:
         layout = pack_checkpoint(
-            checkpoint, output, verify=verify, progress=lambda done, all_: tell("pack", done, all_)
+            checkpoint,
+            output,
+            shadow_bits=cast(Literal[0, 4], shadow_bits),  # checked there
+            verify=verify,
+            progress=lambda done, all_: tell("pack", done, all_),
         )
-    out.print(f"{output}: {layout.blocks} blocks of {layout.stride / 1e6:.2f} MB", soft_wrap=True)
+    beside = ", and a copy of each at 4 bits" if shadow_bits else ""
+    out.print(f"{output}: {layout.blocks} blocks of {layout.stride / 1e6:.2f} MB{beside}", soft_wrap=True)

@@ -20,6 +20,9 @@ def plan(
     tokens: Annotated[int, typer.Option(min=32, help="Of the text.")] = 256,
     context: Annotated[int, typer.Option(min=1, help="Tokens of prompt and output that memory is kept for.")] = 4096,
     budgets: Annotated[str | None, typer.Option(help="Such as 4,8,16; by default the measured points.")] = None,
+    k_stored: Annotated[
+        int | None, typer.Option(help="Of each budget, how many sub-experts run as stored, the rest at 4 bits.")
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Compare the files with their checksums first.")] = True,
 ) -> None:
     """Say which hit rate, time and quality to expect at every budget.
@@ -39,18 +42,22 @@ def plan(
     bad = [k for k in asked or () if not 1 <= k <= full]
     if bad:
         raise PrismError(f"--budgets must be from 1 to {full} (full budget), got {bad[0]}")
+    if k_stored is not None and not 1 <= k_stored <= full:
+        raise PrismError(f"--k-stored must be from 1 to {full} (full budget), got {k_stored}")
     import torch
     from rich.table import Table
 
     from ..evaluation.text import read_text
     from ..offload import load_offloaded
+    from ..offload.load import SHADOW_SHARE
     from ..offload.plan import plan as expect
     from .console import load_tokenizer, quiet
 
     quiet()
     measured = opened.operating_points()
     quality = {} if measured is None else {point.k_active: point for point in measured.elastic}
-    model = load_offloaded(checkpoint, limit, context=max(context, tokens), verify=verify)
+    shadow = None if k_stored is None else SHADOW_SHARE
+    model = load_offloaded(checkpoint, limit, context=max(context, tokens), shadow=shadow, verify=verify)
     if text is None:
         from ..evaluation.sampling import sample_windows
 
@@ -59,13 +66,15 @@ def plan(
         read = read_text(text, max_chars=16 * tokens)
         ids = torch.tensor(load_tokenizer(str(checkpoint))(read).input_ids[:tokens])
     shares = sorted({max(1, round(full * eighth / 8)) for eighth in (1, 2, 3, 4, 6, 8)})
-    found = expect(model, ids, asked or sorted(quality) or shares)
+    found = expect(model, ids, asked or sorted(quality) or shares, k_stored=k_stored)
     out.print(
         f"{found.slots} of {found.blocks} blocks fit; the disk gives {found.bandwidth / 1e9:.2f} GB/s", soft_wrap=True
     )
     table = Table("budget", "found in memory", "ms a token", "rise of perplexity", "KL to full")
     for point in found.points:
         known, best = quality.get(point.k_active), quality.get(full)
+        if k_stored is not None and point.k_active > k_stored:
+            known = None  # measured as stored
         rise = f"{known.ppl / best.ppl - 1:+.1%}" if known and best else "not measured"
         table.add_row(
             str(point.k_active),

@@ -106,15 +106,15 @@ class Dial:
         # The budgets of the last layer, where all tokens have the same: the next one wants them again.
         self._same: tuple[tuple[int, int, torch.device], Tensor] | None = None
 
-    def check(self, k_active: object) -> int:
-        """``k_active`` itself; raises PrismError if it is not a whole number in range."""
+    def check(self, k_active: object, name: str = "k_active") -> int:
+        """``k_active`` itself; raises PrismError with its name if it is not a whole number in range."""
         if (
             isinstance(k_active, bool)
             or not isinstance(k_active, Integral)
             or not 1 <= int(k_active) <= self.full_budget
         ):
             raise PrismError(
-                f"k_active must be a whole number from 1 to {self.full_budget} (full budget), got {k_active!r}"
+                f"{name} must be a whole number from 1 to {self.full_budget} (full budget), got {k_active!r}"
             )
         return int(k_active)
 

@@ -7,5 +7,15 @@ from .load import load_offloaded
 from .manager import Manager
 from .pack import pack_checkpoint
 from .statistics import Statistics
+from .stored import set_stored
 
-__all__ = ["EVICTION", "BlockCache", "Manager", "Statistics", "load_offloaded", "pack_checkpoint", "set_deadline"]
+__all__ = [
+    "EVICTION",
+    "BlockCache",
+    "Manager",
+    "Statistics",
+    "load_offloaded",
+    "pack_checkpoint",
+    "set_deadline",
+    "set_stored",
+]

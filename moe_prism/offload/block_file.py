@@ -1,7 +1,8 @@
 """The block file: every sub-expert of a checkpoint as one contiguous run of bytes that is read in one piece.
 
 A block holds the rows of its neurons as ``experts.packing`` lays them out, ``[gate | up | down^T]`` (gate and up
-interleaved where the family stores them so), padded to whole rows and whole pages. The file is
+interleaved where the family stores them so), padded to whole rows and whole pages. In a file of digits the rows are
+the same ones rounded to 4 bits. The file is
 
     page 0      magic, length of the header, its checksum, the header (JSON)
     pages 1..   one checksum of 8 bytes for every block; 0 where the block is not written yet
@@ -29,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import Buffer
 
 from ..errors import CheckpointError, PrismError
+from ..experts.shadow import GROUP
 
 PAGE = 4096
 # Of a block, read at once: between two pieces a read that nobody needs any longer can end.
@@ -37,6 +39,8 @@ MAGIC = b"MOEPRISM"
 VERSION = 1
 _PREFIX = struct.Struct("<8sIQ")  # magic, length of the header, its checksum
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Rows of ``experts.shadow`` read at 4 bits: the upper digits, then the scales of their groups.
+DIGITS = "digits4"
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -55,18 +59,20 @@ class BlockLayout(BaseModel):
     num_sub_experts: Positive
     neurons: Positive = Field(description="Of one sub-expert.")
     hidden_size: Positive
-    dtype: str = Field(pattern="|".join(DTYPES))
+    dtype: str = Field(pattern="|".join([*DTYPES, DIGITS]))
     interleaved: bool = Field(description="Gate and up rows of a neuron are neighbours.")
     checkpoint: str = Field(min_length=1)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of the rows."""
-        return DTYPES[self.dtype]
+        """The dtype of the rows; digits are bytes."""
+        return torch.uint8 if self.dtype == DIGITS else DTYPES[self.dtype]
 
     @property
     def row_bytes(self) -> int:
         """One row of H weights."""
+        if self.dtype == DIGITS:
+            return self.hidden_size // 2 + 2 * self.hidden_size // GROUP
         return self.hidden_size * self.torch_dtype.itemsize
 
     @property
@@ -76,8 +82,8 @@ class BlockLayout(BaseModel):
 
     @property
     def stride(self) -> int:
-        """Bytes from one block to the next: whole rows and whole pages."""
-        unit = math.lcm(PAGE, self.row_bytes)
+        """Bytes from one block to the next: whole pages, and whole rows except of digits."""
+        unit = PAGE if self.dtype == DIGITS else math.lcm(PAGE, self.row_bytes)
         return -(-self.rows * self.row_bytes // unit) * unit
 
     @property

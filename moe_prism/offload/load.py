@@ -5,6 +5,7 @@ Knows how much memory the process has taken and what a cache of keys and values 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -22,13 +23,16 @@ from ..elastic.linear import use_fast_linear
 from ..errors import CheckpointError, PrismError
 from .block_file import BlockFile
 from .eviction import EVICTION
-from .executor import NAME, LayerBlocks, blocks_of
+from .executor import NAME
 from .manager import READERS, Manager
-from .pack import BLOCKS_FILE, RESIDENT_FILE, STACKED
+from .pack import BLOCKS_FILE, RESIDENT_FILE, SHADOW_FILE, STACKED
+from .parts import LayerBlocks, blocks_of
 from .predict import Predictor
 from .tiers import MemoryTier, Tier
 
 RULE = "frequent-recent"
+# Of the blocks' memory, for the copy at 4 bits: docs/benchmarks.md.
+SHADOW_SHARE = 0.6
 # Logits, outputs of a layer's pairs and what the allocator keeps, in bytes.
 WORKING = 160 << 20
 
@@ -42,6 +46,7 @@ def load_offloaded(
     readers: int = READERS,
     read_ahead: bool = True,
     context: int = 4096,
+    shadow: float | None = None,
     verify: bool = True,
 ) -> PreTrainedModel:
     """Load what ``moe-prism pack`` wrote; the model generates like one from ``load_elastic``.
@@ -55,35 +60,54 @@ def load_offloaded(
         readers: threads that read blocks.
         read_ahead: read what the next layer will probably want.
         context: tokens that ``memory`` has room for.
+        shadow: share of the blocks' memory for their copy at 4 bits, above 0 and below 1, for ``set_stored`` and
+            deadlines; None: without the copy.
         verify: compare all files but the block file with their checksums; every block is checked when it is read.
 
     Raises:
-        CheckpointError: not a packed checkpoint, or an altered one.
+        CheckpointError: not a packed checkpoint, one without the copy that ``shadow`` asks for, or an altered one.
         PrismError: the memory is too small; the message states the least that works.
     """
+    if shadow is not None and not 0 < shadow < 1:
+        raise PrismError(f"shadow, a share of the blocks' memory, must be above 0 and below 1, got {shadow}")
     folder = Path(path).expanduser()
     if not (folder / BLOCKS_FILE).is_file():
         raise CheckpointError(f"{folder} is not a packed checkpoint: run `moe-prism pack CKPT OUT` and load OUT")
+    if shadow is not None and not has_shadow(folder):
+        raise CheckpointError(f"{folder} has no copy at 4 bits: pack with `moe-prism pack CKPT OUT --shadow-bits 4`")
     if verify:
-        verify_sums(folder, besides={BLOCKS_FILE})
-    file = BlockFile(folder / BLOCKS_FILE)
-    try:
+        verify_sums(folder, besides={BLOCKS_FILE, SHADOW_FILE})
+    names = [BLOCKS_FILE] if shadow is None else [BLOCKS_FILE, SHADOW_FILE]
+    with ExitStack() as opened:
+        files = [opened.enter_context(BlockFile(folder / name)) for name in names]
         model, elastic = load_resident(folder, dtype)
         free = memory - psutil.Process().memory_info().rss - WORKING - context * token_bytes(model)
-        stride, least = file.layout.stride, elastic.full_budget
-        if free < least * stride:
-            needed = memory + least * stride - free
+        shares = [1.0] if shadow is None else [1 - shadow, shadow]
+        least = [elastic.full_budget * file.layout.stride for file in files]
+        missing = max(need / share - free for need, share in zip(least, shares, strict=True))
+        if missing > 0:
             raise PrismError(
                 f"a memory of {memory / 1e9:.2f} GB is too small: with {context} tokens of context it takes "
-                f"{needed / 1e9:.2f} GB to hold the {least} sub-experts of one token in one layer; raise --memory"
+                f"{(memory + missing) / 1e9:.2f} GB to hold the {elastic.full_budget} sub-experts of one token in one "
+                "layer; raise --memory"
             )
-        slots = min(free // stride, file.layout.blocks)
-        attach_blocks(model, file, int(slots), rule=rule, readers=readers, read_ahead=read_ahead)
-    except BaseException:
-        file.close()
-        raise
+        slots = _places(files, free, shares)
+        manager = attach_blocks(model, files[0], slots[0], rule=rule, readers=readers, read_ahead=read_ahead)
+        if shadow is not None:
+            attach_shadow(model, manager, files[1], slots[1], rule=rule, readers=readers)
+        opened.pop_all()  # the managers close them
     use_fast_linear(model)
     return model
+
+
+def _places(files: list[BlockFile], free: int, shares: list[float]) -> list[int]:
+    """Places of each file's blocks; what a file does not need for all of its blocks goes to the first."""
+    later = [
+        min(int(share * free) // file.layout.stride, file.layout.blocks)
+        for file, share in zip(files[1:], shares[1:], strict=True)
+    ]
+    left = free - sum(count * file.layout.stride for count, file in zip(later, files[1:], strict=True))
+    return [min(left // files[0].layout.stride, files[0].layout.blocks), *later]
 
 
 def attach_blocks(
@@ -126,12 +150,43 @@ def attach_tier(
     return manager
 
 
+def attach_shadow(
+    model: PreTrainedModel, stored: Manager, file: BlockFile, slots: int, *, rule: str = RULE, readers: int = READERS
+) -> Manager:
+    """Give a model whose blocks are attached their copy at 4 bits as well; which run from it, the limiter says.
+
+    Args:
+        model: see ``attach_blocks``.
+        stored: what that returned; both count together.
+        file: the copy; it is closed with the manager returned.
+        slots: blocks of it that are in memory at most.
+        rule: name of the eviction rule.
+        readers: threads that read blocks of the copy.
+
+    Raises:
+        CheckpointError: the copy is of another checkpoint.
+    """
+    if file.layout.model_copy(update={"dtype": stored.layout.dtype}) != stored.layout:
+        raise CheckpointError(f"{file.path} is of another checkpoint than the blocks beside it; pack again")
+    manager = Manager(MemoryTier(file, slots), EVICTION.create(rule), readers, beside=stored)
+    for layer, _ in elastic_layers(model):
+        blocks = blocks_of(layer.module)
+        assert blocks is not None  # attached before
+        blocks.shadow = LayerBlocks(manager, blocks.first)
+    return manager
+
+
 def manager_of(model: nn.Module) -> Manager:
     """The manager of an offloaded model; raises PrismError for any other."""
     blocks = blocks_of(elastic_layers(model)[0][0].module)
     if blocks is None:
         raise PrismError("the model is in memory; load a packed checkpoint with moe_prism.offload.load_offloaded")
     return blocks.manager
+
+
+def has_shadow(folder: str | Path) -> bool:
+    """Whether a packed checkpoint has a copy of its blocks at 4 bits."""
+    return (Path(folder).expanduser() / SHADOW_FILE).is_file()
 
 
 def token_bytes(model: PreTrainedModel) -> int:

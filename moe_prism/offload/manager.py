@@ -52,13 +52,15 @@ class Manager:
         readers: the threads that read.
     """
 
-    def __init__(self, tier: Tier, rule: EvictionRule, readers: int = READERS) -> None:
+    def __init__(self, tier: Tier, rule: EvictionRule, readers: int = READERS, beside: Manager | None = None) -> None:
         """Start the readers.
 
         Args:
             tier: empty; closed together with the manager.
             rule: who is evicted.
             readers: threads that read.
+            beside: another manager of the same model, whose blocks are needed in the same steps: both count together,
+                and closing that one closes this one.
 
         Raises:
             PrismError: a number below 1.
@@ -66,8 +68,13 @@ class Manager:
         if readers < 1:
             raise PrismError(f"readers must be 1 or more threads, got {readers}")
         self.tier, self.layout = tier, tier.layout
-        self.cache, self.statistics = BlockCache(tier.slots, rule), Statistics()
-        self._change = threading.Condition()
+        self.cache = BlockCache(tier.slots, rule)
+        self.statistics: Statistics = Statistics() if beside is None else beside.statistics
+        # One lock for both: it guards the counts as well.
+        self._change: threading.Condition = threading.Condition() if beside is None else beside._change
+        self._companions: list[Manager] = []
+        if beside is not None:
+            beside._companions.append(self)
         self._wanted: OrderedDict[int, None] = OrderedDict()
         self._ahead: OrderedDict[int, int] = OrderedDict()  # and its quarter
         self._predicted: dict[int, frozenset[int]] = {}
@@ -90,7 +97,9 @@ class Manager:
         self.close()
 
     def close(self) -> None:
-        """Stop the readers, close the tier."""
+        """Stop the readers, close the tier, and do the same for managers beside this one."""
+        for other in self._companions:
+            other.close()
         with self._change:
             self._closed = True
             self._change.notify_all()

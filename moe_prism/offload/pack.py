@@ -1,9 +1,10 @@
 """Write a checkpoint's sub-experts into a block file, beside everything that stays in memory.
 
-The output is a directory: ``blocks`` (the block file), ``resident.safetensors`` (all other weights under the names of
-the model's modules), and the checkpoint's small files. transformers reads the checkpoint with its experts left on the
-disk, so memory holds the rest of the model and one layer's experts; its copy of them in stacked form needs disk for
-the time of packing. Interrupted, the same call goes on after the last block that is whole. The checkpoint is only read.
+The output is a directory: ``blocks`` (the block file), on request ``shadow.blocks`` (the same blocks at 4 bits),
+``resident.safetensors`` (all other weights under the names of the model's modules), and the checkpoint's small files.
+transformers reads the checkpoint with its experts left on the disk, so memory holds the rest of the model and one
+layer's experts; its copy of them in stacked form needs disk for the time of packing. Interrupted, the same call goes on
+after the last block that is whole. The checkpoint is only read.
 Knows nothing of caches or of running a model.
 """
 
@@ -14,7 +15,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,28 +31,38 @@ from ..checkpoint.checksums import SUMS_FILE, format_sums, list_files, sha256
 from ..checkpoint.read import ElasticCheckpoint, open_checkpoint
 from ..errors import CheckpointError, PrismError
 from ..experts import ExpertLayer, find_expert_layers
+from ..experts.neurons import is_plain
+from ..experts.shadow import GROUP, to_planes
 from ..gates import GATES
-from .block_file import DTYPES, BlockLayout, checksum, read_layout
+from .block_file import DIGITS, DTYPES, BlockLayout, checksum, read_layout
 
 BLOCKS_FILE = "blocks"
+SHADOW_FILE = "shadow.blocks"
 RESIDENT_FILE = "resident.safetensors"
 STACKED = ("gate_up_proj", "down_proj")
 
 
 def pack_checkpoint(
-    checkpoint: Path, out: Path, *, verify: bool = True, progress: Callable[[int, int], None] | None = None
+    checkpoint: Path,
+    out: Path,
+    *,
+    shadow_bits: Literal[0, 4] = 0,
+    verify: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> BlockLayout:
     """Pack an elastic checkpoint.
 
     Args:
         checkpoint: an elastic checkpoint.
         out: a new directory; ``.OUT.packing`` beside it holds what is unfinished.
+        shadow_bits: 4: also write every block rounded to 4 bits, 0.28 times the bytes of bfloat16.
         verify: compare the checkpoint's files with their checksums first.
         progress: called with (blocks done, in all).
 
     Raises:
         PrismError: ``out`` is taken, another process is packing to it, no disk space, the gate reads
-            weights (they are not in memory), or the recipe makes a copy of few bits.
+            weights (they are not in memory), the recipe makes a copy of few bits, or ``shadow_bits`` of a model whose
+            experts have no such copy.
         CheckpointError: not an elastic checkpoint, or an altered one.
     """
     opened = open_checkpoint(checkpoint, verify=verify)
@@ -59,13 +72,23 @@ def pack_checkpoint(
             "disk; refactor with gate: static or gate: linear"
         )
     if opened.elastic.ladder is not None:
-        raise PrismError("a ladder's copy of few bits stays in memory whole; refactor with shadow_bits: 0 to offload")
+        raise PrismError(
+            "a ladder's copy of few bits stays in memory whole; refactor with shadow_bits: 0 to offload, and let pack "
+            "write a copy of the blocks (--shadow-bits 4)"
+        )
+    if shadow_bits not in (0, 4):
+        raise PrismError(f"shadow_bits must be 0 (no copy) or 4, got {shadow_bits}")
+    if shadow_bits and opened.elastic.scan is not None:
+        raise PrismError(
+            "a copy of the blocks at 4 bits is run whole, and this checkpoint skips neurons inside them; refactor with "
+            "neurons: all, or pack without the copy"
+        )
     check_output(out)
     out = out.expanduser().resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(f".{out.name}.packing")
     with _locked(work):
-        layout = _write(opened, out, work, progress)
+        layout = _write(opened, out, work, bool(shadow_bits), progress)
         sync_tree(work)
         try:
             work.rename(out)
@@ -75,7 +98,7 @@ def pack_checkpoint(
 
 
 def _write(
-    opened: ElasticCheckpoint, out: Path, work: Path, progress: Callable[[int, int], None] | None
+    opened: ElasticCheckpoint, out: Path, work: Path, shadow: bool, progress: Callable[[int, int], None] | None
 ) -> BlockLayout:
     stacked = work / ".stacked"
     shutil.rmtree(stacked, ignore_errors=True)  # of a run that was killed
@@ -84,7 +107,10 @@ def _write(
         model = _load_with_experts_on_disk(opened, stacked)
         layers = find_expert_layers(model)
         layout = _layout(opened, layers)
-        _write_blocks(work / BLOCKS_FILE, layout, layers, progress)
+        files = {BLOCKS_FILE: layout} | ({SHADOW_FILE: _shadow_layout(layout, layers)} if shadow else {})
+        for done, (name, mine) in enumerate(files.items()):
+            tell = None if progress is None else partial(_tell, progress, done * layout.blocks, len(files))
+            _write_blocks(work / name, mine, layers, tell)
         beside = {
             f"{layer.name}.{name}": _on_disk(layer.module, name).contiguous()
             for layer in layers
@@ -100,7 +126,7 @@ def _write(
         if not name.endswith((".safetensors", ".safetensors.index.json")) or "/" in name:
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(opened.path / name, work / name)
-    sums = {name: sha256(work / name) for name in list_files(work) if name != BLOCKS_FILE}
+    sums = {name: sha256(work / name) for name in list_files(work) if name not in (BLOCKS_FILE, SHADOW_FILE)}
     (work / SUMS_FILE).write_text(format_sums(sums), encoding="utf-8")
     return layout
 
@@ -153,6 +179,19 @@ def _layout(opened: ElasticCheckpoint, layers: list[ExpertLayer]) -> BlockLayout
         interleaved=not layers[0].module.is_concatenated,
         checkpoint=sha256(opened.path / SUMS_FILE),
     )
+
+
+def _shadow_layout(layout: BlockLayout, layers: list[ExpertLayer]) -> BlockLayout:
+    if not all(is_plain(layer.module) for layer in layers) or layout.hidden_size % GROUP:
+        raise PrismError(
+            "only experts of the usual kind (SiLU, gate and up apart, no biases, a hidden size that is a multiple of "
+            f"{GROUP}) have a copy at 4 bits; pack without it"
+        )
+    return layout.model_copy(update={"dtype": DIGITS})
+
+
+def _tell(progress: Callable[[int, int], None], before: int, files: int, done: int, blocks: int) -> None:
+    progress(before + done, files * blocks)
 
 
 def _write_blocks(
@@ -210,8 +249,11 @@ def _contents(layer: ExpertLayer, layout: BlockLayout) -> Iterator[bytes]:
             else:
                 both = gate_up[expert].unflatten(0, (2, -1))
                 rows = [both[0, mine], both[1, mine], down[expert, mine]]
-            block = torch.cat([r.contiguous() for r in rows]).view(torch.uint8).numpy().tobytes()
-            yield block.ljust(layout.stride, b"\0")
+            block = torch.cat([r.contiguous() for r in rows])
+            if layout.dtype == DIGITS:
+                planes = to_planes(block)
+                block = torch.cat([planes.upper, planes.scale.contiguous().view(torch.uint8)], dim=1)
+            yield block.view(torch.uint8).numpy().tobytes().ljust(layout.stride, b"\0")
 
 
 def _on_disk(module: nn.Module, name: str) -> Tensor:

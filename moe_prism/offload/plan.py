@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..elastic import budget
 from ..errors import PrismError
 from .load import RULE, manager_of
+from .stored import layers_of, set_stored
 from .trace import record
 
 _SAMPLE = 64  # blocks read to know the disk
@@ -67,7 +68,9 @@ class MemoryPlan(NamedTuple):
 
 
 @torch.no_grad()
-def plan(model: PreTrainedModel, ids: torch.Tensor, budgets: Sequence[int], rule: str = RULE) -> MemoryPlan:
+def plan(
+    model: PreTrainedModel, ids: torch.Tensor, budgets: Sequence[int], rule: str = RULE, k_stored: int | None = None
+) -> MemoryPlan:
     """Record a text, rehearse it at every budget, measure disk and computing.
 
     Args:
@@ -75,27 +78,29 @@ def plan(model: PreTrainedModel, ids: torch.Tensor, budgets: Sequence[int], rule
         ids: int64 ``[T]`` of a text like those to come; the first half fills the cache.
         budgets: to look at.
         rule: of eviction.
+        k_stored: of each budget, how many sub-experts run as stored, the rest at 4 bits; None: all of them.
 
     Raises:
-        PrismError: the text is shorter than 32 tokens.
+        PrismError: the text is shorter than 32 tokens, or the model has no copy at 4 bits.
     """
     if len(ids) < 32:
         raise PrismError(f"a text of 32 tokens or more is needed to see which blocks come again, got {len(ids)}")
     manager = manager_of(model)
     trace = record(model, ids)
     bandwidth = manager.tier.bandwidth(len(manager.readers), _SAMPLE)
+    set_stored(model, k_stored)
+    shadow = layers_of(model)[0].shadow
     points = []
     for k_active in sorted(budgets):
-        misses = trace.misses(k_active, manager.cache.slots, rule)
+        stored = k_active if k_stored is None else min(k_active, k_stored)
+        misses = trace.misses(stored, manager.cache.slots, rule)
+        read = misses * manager.layout.stride
+        if shadow is not None and k_active > stored:
+            low = trace.misses(k_active, shadow.manager.cache.slots, rule, stored)
+            misses, read = misses + low, read + low * shadow.manager.layout.stride
         required = k_active * len(trace.blocks)
-        points.append(
-            Expected(
-                k_active,
-                1 - misses / required,
-                misses * manager.layout.stride / bandwidth,
-                _compute_seconds(model, ids, k_active),
-            )
-        )
+        seconds = _compute_seconds(model, ids, k_active)
+        points.append(Expected(k_active, 1 - misses / required, read / bandwidth, seconds))
     return MemoryPlan(points, manager.cache.slots, manager.layout.blocks, bandwidth)
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import PrismError
-from .block_file import BlockFile, BlockLayout, aligned
+from .block_file import DIGITS, BlockFile, BlockLayout, aligned
 
 GoOn = Callable[[int], bool]
 
@@ -62,7 +62,10 @@ class Tier(ABC):
 
     @abstractmethod
     def rows(self) -> Any:
-        """All places as rows of weights ``[slots * rows_per_slot, H]``, where the layers compute."""
+        """All places as rows of weights ``[slots * rows_per_slot, H]``, where the layers compute.
+
+        Of digits, bytes by place: ``[slots, stride]``.
+        """
 
     @abstractmethod
     def bandwidth(self, readers: int, blocks: int, seed: int = 0) -> float:
@@ -96,7 +99,9 @@ class MemoryTier(Tier):
         """Computing on the CPU has ended when its call returns."""
 
     def rows(self) -> NDArray[np.generic]:
-        """fp32, or the bits of a 16-bit type."""
+        """fp32, the bits of a 16-bit type, or bytes of digits."""
+        if self.layout.dtype == DIGITS:
+            return self._slab.reshape(self.slots, -1)
         kind = np.float32 if self.layout.dtype == "float32" else np.uint16
         return self._slab.view(kind).reshape(-1, self.layout.hidden_size)
 
@@ -171,6 +176,8 @@ class DeviceTier(Tier):
             device: where layers compute.
             copies: how blocks get there.
         """
+        if layout.dtype == DIGITS:
+            raise PrismError("blocks at 4 bits are for the CPU; load the stored ones on this device")
         if host.shape != (layout.blocks, layout.stride):
             raise PrismError(f"blocks in memory must be {layout.blocks} of {layout.stride} bytes, got {host.shape}")
         self.layout, self.slots, self.device = layout, slots, device

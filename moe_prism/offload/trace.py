@@ -34,17 +34,23 @@ class Trace:
     scores: NDArray[np.float32]
     per_layer: int
 
-    def steps(self, k_active: int) -> Iterator[tuple[list[int], list[float]]]:
-        """Blocks and scores of every step of one token in one layer, in the order of decoding."""
+    def steps(self, k_active: int, first: int = 0) -> Iterator[tuple[list[int], list[float]]]:
+        """Blocks and scores of every step of one token in one layer, without its ``first`` best, in order."""
         for token in range(self.blocks.shape[1]):
             for layer in range(len(self.blocks)):
                 yield (
-                    self.blocks[layer, token, :k_active].tolist(),
-                    self.scores[layer, token, :k_active].tolist(),
+                    self.blocks[layer, token, first:k_active].tolist(),
+                    self.scores[layer, token, first:k_active].tolist(),
                 )
 
-    def misses(self, k_active: int, slots: int, rule: str) -> float:
+    def misses(self, k_active: int, slots: int, rule: str, first: int = 0) -> float:
         """Blocks that a token has to read, on average over the second half of the trace; the first fills the cache.
+
+        Args:
+            k_active: of a token's candidates, how many it runs.
+            slots: of the cache.
+            rule: of eviction.
+            first: how many of the best run from elsewhere.
 
         Raises:
             PrismError: the trace has fewer than two tokens, or one layer of a token does not fit the cache.
@@ -52,10 +58,12 @@ class Trace:
         layers, tokens = len(self.blocks), int(self.blocks.shape[1])
         if tokens < 2:
             raise PrismError(f"a trace needs two tokens or more, got {tokens}")
-        if k_active > slots:
-            raise PrismError(f"a step needs {k_active} blocks at once, the cache holds {slots}; raise --memory")
+        if k_active - first > slots:
+            raise PrismError(f"a step needs {k_active - first} blocks at once, the cache holds {slots}; raise --memory")
         cache = BlockCache(slots, EVICTION.create(rule))
-        missed: list[int] = [cache.rehearse(*step, now=i / layers) for i, step in enumerate(self.steps(k_active))]
+        missed: list[int] = [
+            cache.rehearse(*step, now=i / layers) for i, step in enumerate(self.steps(k_active, first))
+        ]
         half: int = tokens // 2
         return sum(missed[half * layers :]) / (tokens - half)
 

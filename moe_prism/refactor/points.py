@@ -4,7 +4,8 @@ A coarse sweep on calibration text gives, between measured budgets, what one mor
 average and how much that varies. Unit for unit both add up (for the variance that is cautious: steps smaller than those
 measured vary less than in proportion). Going down from full budget, the next point is the first whose loss would differ
 by ``MARGIN`` standard errors on as many tokens as will be measured. What is distinct is still decided by that
-measurement alone (``evaluation.points``), which asks for two. Knows nothing of other texts.
+measurement alone (``evaluation.points``), which asks for two, and for the same order on other text and after another
+calibration: the rest of the margin is for these. Knows nothing of other texts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..evaluation.points import Series, paired_difference
 from .recipe import Recipe
 from .workspace import Workspace
 
-MARGIN = 3.0
+MARGIN = 5.0
 TOKENS = 4096
 STEP = 1.4
 

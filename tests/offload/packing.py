@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from making import recipe, save_stock
@@ -20,11 +20,11 @@ class Packed(NamedTuple):
     packed: Path
 
 
-def packed(family: str, folder: Path, **changes: Any) -> Packed:
+def packed(family: str, folder: Path, shadow_bits: Literal[0, 4] = 0, **changes: Any) -> Packed:
     """A tiny model, refactored and packed."""
     stock = save_stock(folder / "stock", family)
     make_elastic(str(stock), folder / "elastic", recipe(**changes))
-    pack_checkpoint(folder / "elastic", folder / "packed")
+    pack_checkpoint(folder / "elastic", folder / "packed", shadow_bits=shadow_bits)
     return Packed(folder / "elastic", folder / "packed")
 
 

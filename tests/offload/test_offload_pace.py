@@ -27,7 +27,8 @@ class FakeMachine:
             chosen[0, order[:budget]], sure[0, order[:floor]] = True, True
             blocks = torch.arange(16)[None] + 16 * layer
             present = set(np.flatnonzero(rng.random(16) < here) + 16 * layer)
-            runs = self.pace.choose(layer, scores, chosen, sure, blocks, present.__contains__)
+            runs, low = self.pace.choose(layer, scores, chosen, sure, blocks, present.__contains__)
+            assert not low.any()  # there is no copy
             assert (runs | ~sure).all()  # the floor is never broken
             assert not (runs & ~chosen).any()  # the budget neither
             missing = [b for b in blocks[runs].tolist() if b not in present]

@@ -24,9 +24,9 @@ from moe_prism import set_budget
 from moe_prism.elastic.budgets import elastic_layers
 from moe_prism.elastic.cpu_selection import select
 from moe_prism.offload import load_offloaded, set_deadline
-from moe_prism.offload.executor import blocks_of
 from moe_prism.offload.load import manager_of
 from moe_prism.offload.manager import Manager
+from moe_prism.offload.parts import blocks_of
 from moe_prism.offload.predict import Predictor
 from offload_bench.job import Job, disk_bytes, peak_rss, run_worker
 from offload_bench.routing import Routing

@@ -4,6 +4,7 @@ They know arrays only: no experts, no gates, no torch modules.
 """
 
 from .blocks import gated_blocks
+from .digit_blocks import digit_blocks
 from .digits import digit_neurons
 from .gated import gated_experts
 from .neurons import gated_neurons
@@ -12,6 +13,7 @@ from .sums import add_rows
 
 __all__ = [
     "add_rows",
+    "digit_blocks",
     "digit_neurons",
     "gated_blocks",
     "gated_experts",
