@@ -8,7 +8,9 @@ its own, with a memory budget for all of it, on a cold page cache: blocks are re
 the process has had read from the disk are in the result. The cache begins as --warmup tokens of the routing leave it.
 
 The peers: "whole-expert LRU" is the same code with whole experts (N = 1), LRU and no read-ahead, the paper's baseline
-without sub-experts; "lru" is sub-experts with LRU and no read-ahead, the paper's manager. Files stay in --work for the
+without sub-experts; "lru" is sub-experts with LRU and no read-ahead, the paper's manager. "moe-prism, 4 bits" runs the
+best quarter of a budget as stored and the rest from the copy at 4 bits; what that costs in quality is measured on the
+bundled model (``quality``). Files stay in --work for the
 next run (40 GB with accelerate's; delete them to have them written again); the result goes to --out, after every
 engine, and a run that was interrupted goes on with --resume.
 """
@@ -32,8 +34,9 @@ from moe_prism.checkpoint.atomic import replace_file
 from moe_prism.evaluation.environment import versions
 
 TOOLS = Path(__file__).resolve().parent
-OURS, WITHOUT, LRU, WHOLE, ACCELERATE = (
+OURS, LOW, WITHOUT, LRU, WHOLE, ACCELERATE = (
     "moe-prism",
+    "moe-prism, 4 bits",
     "moe-prism without read-ahead",
     "lru",
     "whole-expert LRU",
@@ -67,6 +70,7 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, str, Job]]:
                 whole = str(args.work / f"olmoe-{args.layers}-layers-n1")
                 variants = {
                     OURS: job,
+                    LOW: replace(job, shadow=args.shadow, k_stored=k_active // 4),
                     WITHOUT: replace(job, read_ahead=False),
                     LRU: replace(job, rule="lru", read_ahead=False),
                     WHOLE: replace(job, model=whole, rule="lru", read_ahead=False, k_active=k_active // 4),
@@ -83,6 +87,9 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, str, Job]]:
         for tpot_ms in args.tpot_ms:
             timed = replace(job_of(args, "local", memory, FULL), options={"tpot_ms": tpot_ms, "k_min": SOAK})
             found.append((f"{OURS}, {tpot_ms:g} ms a token", "local", timed))
+            if LOW in args.engines:
+                low = replace(timed, shadow=args.shadow, k_stored=SOAK)
+                found.append((f"{LOW}, {tpot_ms:g} ms a token", "local", low))
     if args.soak and OURS in args.engines:
         found.append((OURS, "local", replace(job_of(args, "local", args.memory[-1], SOAK), tokens=args.soak)))
     return found
@@ -165,38 +172,6 @@ def run(job: Job, work: Path) -> dict[str, Any]:
     return measured
 
 
-def equal_texts(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The bundled model with a quarter of its blocks in memory against the whole one, greedy, in fp32."""
-    import torch
-
-    from moe_prism import load_elastic, set_budget
-    from moe_prism.offload import pack_checkpoint
-    from moe_prism.offload.block_file import BlockFile
-    from moe_prism.offload.load import attach_blocks, load_resident
-    from moe_prism.offload.pack import BLOCKS_FILE
-
-    packed = args.work / "bundled-packed"
-    if not packed.exists():
-        pack_checkpoint(args.checkpoint, packed)
-    whole = load_elastic(args.checkpoint, dtype=torch.float32)
-    model, elastic = load_resident(packed, torch.float32)
-    file = BlockFile(packed / BLOCKS_FILE)
-    manager = attach_blocks(model, file, file.layout.blocks // 4)
-    found = []
-    for k_active in (elastic.full_budget // 4, elastic.full_budget // 2, elastic.full_budget):
-        for one in (whole, model):
-            set_budget(one, k_active)
-        prompt = torch.arange(100, 116)[None]
-        texts = [
-            one.generate(prompt, max_new_tokens=200, min_new_tokens=200, do_sample=False) for one in (whole, model)
-        ]
-        same = bool(torch.equal(*texts))
-        found.append({"k_active": k_active, "tokens": 200, "equal": same})
-        print(f"bundled model, budget {k_active}: 200 tokens {'equal' if same else 'DIFFER'}", file=sys.stderr)
-    manager.close()
-    return found
-
-
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown, one row a run, with the time over that of whole-expert LRU under the same conditions."""
     lines = [
@@ -211,7 +186,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         cells = [
             run["routing"],
             f"{run['memory_gb']:g}",
-            f"{run['mean_budget']:.1f}" if run.get("mean_budget") else str(run["k_active"]),
+            budget_of(run),
             run["engine"],
             f"{run['ms_per_token']:,.0f}",
             f"{run['ms_per_token'] / whole:.2f}" if whole else "",
@@ -226,10 +201,18 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def budget_of(run: dict[str, Any]) -> str:
+    """The budget of a row in words."""
+    if run.get("mean_budget"):
+        low = f", {run['mean_low']:.1f} of it at 4 bits" if run.get("mean_low") else ""
+        return f"{run['mean_budget']:.1f}{low}"
+    return f"{run['k_active']}, {run['k_stored']} stored" if run.get("k_stored") else str(run["k_active"])
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everything = [OURS, WITHOUT, LRU, WHOLE, ACCELERATE]
+    everything = [OURS, LOW, WITHOUT, LRU, WHOLE, ACCELERATE]
     parser.add_argument("--checkpoint", type=Path, required=True, help="the bundled model refactored by reference.yaml")
     parser.add_argument("--text", type=Path, required=True, help="what it reads while its routing is recorded")
     parser.add_argument("--layers", type=int, default=16, help="0.8 GB each, in three forms (%(default)s)")
@@ -243,6 +226,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--soak", type=int, default=1000, help=f"tokens of a long run at budget {SOAK}; 0: none")
     parser.add_argument("--readers", type=int, default=3, help="threads that read (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads that compute (%(default)s)")
+    parser.add_argument("--shadow", type=float, default=0.75, help="of the blocks' memory, for 4 bits (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="keep the runs that --out has already")
     parser.add_argument("--work", type=Path, default=Path("build/bench/offload"), help="%(default)s")
@@ -268,7 +252,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit(f"{args.work} needs {need / 1e9:.0f} GB of free disk; take fewer --layers and less --memory")
     prepare(args)
     record: dict[str, Any] = {"runs": []}
-    settings = {name: getattr(args, name) for name in ("seed", "layers", "threads", "readers", "warmup", "tokens")}
+    names = ("seed", "layers", "threads", "readers", "warmup", "tokens", "shadow")
+    settings = {name: getattr(args, name) for name in names}
     if args.resume and args.out.exists():
         record = json.loads(args.out.read_text())
         other = [f"--{name} {record.get(name)}" for name in settings if record.get(name) != settings[name]]
@@ -296,7 +281,11 @@ def main(argv: list[str] | None = None) -> int:
         replace_file(args.out, (json.dumps(record, indent=1) + "\n").encode())
         print(table([row]).splitlines()[-1], file=sys.stderr)
     if not record.get("equal_texts"):
-        record["equal_texts"] = equal_texts(args)
+        from offload_bench.bundled import equal_texts, quality  # torch takes memory, and the runs want all of it
+
+        packed = args.work / "bundled-packed"
+        record["equal_texts"] = equal_texts(args.checkpoint, packed)
+        record["quality"] = quality(packed, args.text)
         replace_file(args.out, (json.dumps(record, indent=1) + "\n").encode())
     print(table(record["runs"]))
     return 0

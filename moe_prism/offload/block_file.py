@@ -253,6 +253,9 @@ def aligned(size: int) -> NDArray[np.uint8]:
         PrismError: there is not enough memory.
     """
     try:
-        return np.frombuffer(mmap.mmap(-1, size), np.uint8)
+        memory = mmap.mmap(-1, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(memory, np.uint8)
     except OSError as error:
         raise PrismError(f"cannot reserve {size} bytes for the cache ({error}); lower --memory") from None

@@ -32,7 +32,7 @@ from .tiers import MemoryTier, Tier
 
 RULE = "frequent-recent"
 # Of the blocks' memory, for the copy at 4 bits: docs/benchmarks.md.
-SHADOW_SHARE = 0.6
+SHADOW_SHARE = 0.75
 # Logits, outputs of a layer's pairs and what the allocator keeps, in bytes.
 WORKING = 160 << 20
 

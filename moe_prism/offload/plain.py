@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..elastic.kernels import digit_blocks, gated_blocks
+from ..elastic.kernels import add_pairs, digit_blocks, gated_blocks
 from ..elastic.selection import Selection
 from ..experts.shadow import Planes, from_planes
 from .manager import Ready
@@ -61,7 +61,7 @@ def _outputs(
             for batch in step:
                 compute(part, batch, tokens, outputs)
                 yield
-        out.index_add_(0, part.pairs.token, outputs)
+        add_pairs(out.numpy(), part.pairs.token.numpy(), outputs.numpy())
 
 
 def _drive(works: list[Generator[None]]) -> None:

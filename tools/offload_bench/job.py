@@ -28,6 +28,8 @@ class Job:
         read_ahead: whether blocks are read ahead.
         readers: threads that read.
         threads: that compute.
+        shadow: share of the blocks' memory for their copy at 4 bits; None: no copy.
+        k_stored: of the budget, what runs as stored; None: all of it, or what a deadline allows.
         options: what is only for one engine.
     """
 
@@ -42,6 +44,8 @@ class Job:
     read_ahead: bool = False
     readers: int = 3
     threads: int = 2
+    shadow: float | None = None
+    k_stored: int | None = None
     options: dict[str, Any] | None = None
 
 

@@ -11,6 +11,7 @@ import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, median
 from typing import Any
 
@@ -23,11 +24,12 @@ from transformers import DynamicCache, PreTrainedModel
 from moe_prism import set_budget
 from moe_prism.elastic.budgets import elastic_layers
 from moe_prism.elastic.cpu_selection import select
-from moe_prism.offload import load_offloaded, set_deadline
+from moe_prism.offload import load_offloaded, set_deadline, set_stored
 from moe_prism.offload.load import manager_of
 from moe_prism.offload.manager import Manager
 from moe_prism.offload.parts import blocks_of
 from moe_prism.offload.predict import Predictor
+from moe_prism.offload.stored import layers_of
 from offload_bench.job import Job, disk_bytes, peak_rss, run_worker
 from offload_bench.routing import Routing
 
@@ -89,30 +91,41 @@ def replay(model: PreTrainedModel, routing: Routing) -> Position:
 
 
 def required(
-    model: PreTrainedModel, routing: Routing, token: int, k_active: int
-) -> list[tuple[list[int], list[float]]]:
-    """The blocks of every layer that a token runs, and their routing weights."""
+    model: PreTrainedModel, routing: Routing, token: int, job: Job
+) -> list[list[tuple[list[int], list[float]]]]:
+    """The blocks that every layer runs of a token as stored and from the copy, with their routing weights."""
     found = []
-    budgets = torch.tensor([k_active])
     for number, (layer, state) in enumerate(elastic_layers(model)):
         index = torch.from_numpy(routing.index[number, token : token + 1])
         weight = torch.from_numpy(routing.weight[number, token : token + 1])
         n = state.num_sub_experts
         scores = state.gate.score(layer.module, state.on(index.device), weight, index, n).values
-        chosen = select(scores, weight, index, budgets, state.gate.weighted)
-        found.append(((chosen.sub_expert + number * layer.num_experts * n).tolist(), chosen.weight.tolist()))
+        chosen = {}
+        for k in {job.k_active, job.k_stored or job.k_active}:
+            picked = select(scores, weight, index, torch.tensor([k]), state.gate.weighted)
+            blocks = (picked.sub_expert + number * layer.num_experts * n).tolist()
+            chosen[k] = dict(zip(blocks, picked.weight.tolist(), strict=True))
+        stored = chosen[job.k_stored or job.k_active]
+        low = {block: value for block, value in chosen[job.k_active].items() if block not in stored}
+        found.append([(list(some), list(some.values())) for some in (stored, low)])
     return found
 
 
-def fill(manager: Manager, model: PreTrainedModel, routing: Routing, job: Job) -> None:
-    """Bring the cache into the state after ``warmup`` tokens."""
-    cache = manager.cache
+def fill(managers: list[Manager], model: PreTrainedModel, routing: Routing, job: Job) -> None:
+    """Bring the caches into the state after ``warmup`` tokens."""
     for token in range(job.warmup):
-        for number, (blocks, values) in enumerate(required(model, routing, token, job.k_active)):
-            cache.rehearse(blocks, values, token + number / len(manager.layout.layers))
-    manager._steps = job.warmup * len(manager.layout.layers)
-    with ThreadPoolExecutor(job.readers) as pool:
-        list(pool.map(lambda place: manager.tier.fill(*place, lambda _: True), sorted(cache.place.items())))
+        for number, both in enumerate(required(model, routing, token, job)):
+            for manager, (blocks, values) in zip(managers, both, strict=False):
+                if blocks:
+                    manager.cache.rehearse(blocks, values, token + number / len(manager.layout.layers))
+    for manager in managers:
+        manager._steps = job.warmup * len(manager.layout.layers)
+        with ThreadPoolExecutor(job.readers) as pool:
+            list(pool.map(partial(_fill, manager), sorted(manager.cache.place.items())))
+
+
+def _fill(manager: Manager, place: tuple[int, int]) -> None:
+    manager.tier.fill(*place, lambda _: True)
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -126,13 +139,18 @@ def measure(job: Job) -> dict[str, Any]:
         readers=job.readers,
         read_ahead=job.read_ahead,
         context=job.tokens + 8,
+        shadow=job.shadow,
         verify=False,
     )
     set_budget(model, job.k_active)
-    pace = set_deadline(model, **job.options) if job.options else None
+    if job.k_stored is not None:
+        set_stored(model, job.k_stored)
     manager, position = manager_of(model), replay(model, routing)
+    shadow = layers_of(model)[0].shadow
     begin = time.perf_counter()
-    fill(manager, model, routing, job)
+    fill([manager] if shadow is None else [manager, shadow.manager], model, routing, job)
+    # With a deadline, the cache begins as the same budget without one leaves it.
+    pace = set_deadline(model, **job.options) if job.options else None
     filled = time.perf_counter() - begin
     raw = [manager.tier.bandwidth(job.readers, RAW_BLOCKS, 0)]
     cache, milliseconds, memory = DynamicCache(config=model.config), [], []
@@ -169,8 +187,11 @@ def measure(job: Job) -> dict[str, Any]:
         "ahead_precision": counted.ahead_precision,
         "cancelled_per_token": counted.cancelled / job.tokens,
         "rss_gb": memory,
+        "k_stored": None if pace else job.k_stored,
         "mean_budget": pace.mean_budget if pace else None,
+        "mean_low": pace.mean_low if pace else None,
         "places": manager.cache.slots,
+        "shadow_places": 0 if shadow is None else shadow.manager.cache.slots,
         "fill_seconds": filled,
         "tokens": job.tokens,
         "ms": timed,

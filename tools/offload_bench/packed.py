@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -18,14 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moe_prism.checkpoint.schema import CONFIG_KEY, TENSORS_FILE
-from moe_prism.offload.block_file import BlockLayout, checksum
-from moe_prism.offload.pack import BLOCKS_FILE, RESIDENT_FILE
+from moe_prism.experts.shadow import to_planes
+from moe_prism.offload.block_file import DIGITS, BlockLayout, checksum
+from moe_prism.offload.pack import BLOCKS_FILE, RESIDENT_FILE, SHADOW_FILE
 
 
 def write_packed(
     out: Path, layers: int, parts: int, importance: Tensor, seed: int, progress: Callable[[int, int], None]
 ) -> None:
-    """Write it, whole or not at all.
+    """Write it, whole or not at all; sub-experts have a copy at 4 bits as well.
 
     Args:
         out: a new directory.
@@ -57,20 +59,35 @@ def write_packed(
         interleaved=False,
         checkpoint=f"random, seed {seed}",
     )
-    with (work / BLOCKS_FILE).open("wb") as file:
-        file.write(layout.header())
-        file.seek(layout.blocks_at)
-        sums = []
-        for number, block in enumerate(_blocks(layout, config, seed)):
-            file.write(block)
-            sums.append(checksum(block).to_bytes(8, "little"))
+    files = {BLOCKS_FILE: layout}
+    if parts == NUM_SUB_EXPERTS:
+        files[SHADOW_FILE] = layout.model_copy(update={"dtype": DIGITS})
+    with ExitStack() as stack:
+        opened = {name: stack.enter_context((work / name).open("wb")) for name in files}
+        sums: dict[str, list[bytes]] = {name: [] for name in files}
+        for name, mine in files.items():
+            opened[name].write(mine.header())
+            opened[name].seek(mine.blocks_at)
+        for number, rows in enumerate(_blocks(layout, config, seed)):
+            for name, mine in files.items():
+                block = _bytes(rows, mine)
+                opened[name].write(block)
+                sums[name].append(checksum(block).to_bytes(8, "little"))
             progress(number + 1, layout.blocks)
-        file.seek(layout.table_at)
-        file.write(b"".join(sums))
+        for name, mine in files.items():
+            opened[name].seek(mine.table_at)
+            opened[name].write(b"".join(sums[name]))
     work.rename(out)
 
 
-def _blocks(layout: BlockLayout, config: PreTrainedConfig, seed: int) -> Iterator[bytes]:
+def _bytes(rows: Tensor, layout: BlockLayout) -> bytes:
+    if layout.dtype == DIGITS:
+        planes = to_planes(rows)
+        rows = torch.cat([planes.upper, planes.scale.contiguous().view(torch.uint8)], dim=1)
+    return rows.view(torch.uint8).numpy().tobytes().ljust(layout.stride, b"\0")
+
+
+def _blocks(layout: BlockLayout, config: PreTrainedConfig, seed: int) -> Iterator[Tensor]:
     quarters, size = NUM_SUB_EXPERTS // layout.num_sub_experts, config.intermediate_size // NUM_SUB_EXPERTS
     spread = torch.tensor([SPREAD["gate_proj"], SPREAD["up_proj"], SPREAD["down_proj"] * 2**0.5])
     spread = (spread / config.hidden_size**0.5)[:, None, None]
@@ -79,8 +96,7 @@ def _blocks(layout: BlockLayout, config: PreTrainedConfig, seed: int) -> Iterato
         for quarter in range(block * quarters, (block + 1) * quarters):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + quarter)
             kinds.append((torch.randn(3, size, config.hidden_size, generator=generator) * spread).bfloat16())
-        rows = torch.cat(kinds, dim=1)  # gate, up and down of all neurons of the block
-        yield rows.view(torch.uint8).numpy().tobytes()
+        yield torch.cat(kinds, dim=1).flatten(0, 1)  # gate, up and down of all neurons of the block
 
 
 def _resident(config: PreTrainedConfig, seed: int) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ from .digits import digit_neurons
 from .gated import gated_experts
 from .neurons import gated_neurons
 from .products import multiply_all, multiply_rows
-from .sums import add_rows
+from .sums import add_pairs, add_rows
 
 __all__ = [
+    "add_pairs",
     "add_rows",
     "digit_blocks",
     "digit_neurons",

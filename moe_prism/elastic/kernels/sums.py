@@ -88,3 +88,15 @@ Called with: rows ``[R, H]`` (uint16 bits of bfloat16, or fp32); weight fp32 ``[
 by group, no token twice in a group; starts int64 ``[G + 1]``; first int64 ``[G]``; count: rows of every group; out
 fp32 ``[T, H]``, added to.
 """
+
+
+@serial
+def add_pairs(out: Array, token: Array, values: Array) -> None:
+    """Add every pair's values to its token's, in order: fp32 ``out[token[p]] += values[p]``, ``[T, H]`` and ``[P, H]``.
+
+    On the caller's thread: waking another takes longer.
+    """
+    for pair in range(token.shape[0]):
+        y, mine = out[token[pair]], values[pair]
+        for h in range(y.shape[0]):
+            y[h] += mine[h]
