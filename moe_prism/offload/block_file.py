@@ -253,9 +253,6 @@ def aligned(size: int) -> NDArray[np.uint8]:
         PrismError: there is not enough memory.
     """
     try:
-        memory = mmap.mmap(-1, size)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return np.frombuffer(memory, np.uint8)
+        return np.frombuffer(mmap.mmap(-1, size), np.uint8)
     except OSError as error:
         raise PrismError(f"cannot reserve {size} bytes for the cache ({error}); lower --memory") from None

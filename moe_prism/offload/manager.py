@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..errors import PrismError
 from .cache import BlockCache
 from .eviction import EvictionRule
+from .guessing import Guessing
 from .statistics import Statistics
 from .tiers import Tier
 
@@ -49,6 +50,7 @@ class Manager:
         layout: of the blocks.
         cache: which of them.
         statistics: see ``Statistics``.
+        guessing: whether the next layer's blocks should be guessed.
         readers: the threads that read.
     """
 
@@ -72,6 +74,7 @@ class Manager:
         self.statistics: Statistics = Statistics() if beside is None else beside.statistics
         # One lock for both: it guards the counts as well.
         self._change: threading.Condition = threading.Condition() if beside is None else beside._change
+        self.guessing = Guessing()
         self._companions: list[Manager] = []
         if beside is not None:
             beside._companions.append(self)
@@ -111,7 +114,7 @@ class Manager:
         """Whether a block is in memory or on its way; safe without the lock, since it promises nothing."""
         return block in self.cache.place
 
-    def step(self, blocks: Sequence[int], values: Sequence[float] | NDArray[np.floating]) -> Step:
+    def step(self, blocks: Sequence[int] | NDArray[np.int64], values: Sequence[float] | NDArray[np.floating]) -> Step:
         """Begin a step: holds what is in memory, asks for the rest.
 
         Args:
@@ -122,15 +125,17 @@ class Manager:
             raise PrismError(
                 f"a step needs {len(blocks)} blocks at once, the cache holds {self.cache.slots}; raise --memory"
             )
-        shares = np.asarray(values, np.float64)
+        shares = np.array(values, np.float64)
         shares /= shares.sum() or 1.0
         numbers = np.asarray(blocks, np.int64)
+        wanted: list[int] = numbers.tolist()
         with self._change:
-            self._judge(blocks)
+            self._judge(wanted)
+            self.guessing.step(self.statistics.stall_seconds)
             self.cache.rule.used(numbers, shares, self._steps / len(self.layout.layers))
             self._steps += 1
-            self.cache.hold(blocks)
-            for block in blocks:
+            self.cache.hold(wanted)
+            for block in wanted:
                 self._failed.pop(block, None)
                 if self.cache.ready(block):
                     self.statistics.hits += 1
@@ -139,7 +144,7 @@ class Manager:
                 if not self.cache.loading(block):
                     self._wanted[block] = None
             self._change.notify_all()
-        return Step(self, list(blocks))
+        return Step(self, wanted)
 
     def read_ahead(self, blocks: Iterable[int]) -> None:
         """Read blocks of one later layer when nobody waits for others; replaces what was asked for that layer.

@@ -5,6 +5,7 @@ Knows which pairs of a selection need which block, and nothing of how outputs ar
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ..elastic.executors.bias import add_gate_up_bias
 from ..elastic.kernels import add_rows, multiply_rows
 from ..elastic.selection import Selection
+from .grouping import block_values, pairs_of, run_bounds
 from .manager import Manager, Ready, Step
 from .predict import Predictor
 
@@ -53,7 +55,7 @@ def blocks_of(module: nn.Module) -> LayerBlocks | None:
 
 
 def read_ahead(blocks: LayerBlocks, x: Tensor, stored: int, pairs: int) -> None:
-    """Begin to read what the next layer will probably want.
+    """Begin to read what the next layer will probably want, if a guess is worth its time.
 
     Args:
         blocks: of the present layer.
@@ -61,9 +63,13 @@ def read_ahead(blocks: LayerBlocks, x: Tensor, stored: int, pairs: int) -> None:
         stored: of the pairs, how many it runs as stored, the best ones; the rest is read from the shadow.
         pairs: that it runs in all.
     """
-    if blocks.predictor is None:
+    if blocks.predictor is None or not blocks.manager.guessing.worth:
         return
+    begin = time.perf_counter()
     named = blocks.predictor.blocks(x, pairs)
+    if not named:  # for a prompt
+        return
+    blocks.manager.guessing.cost(time.perf_counter() - begin)
     cut = len(named) if blocks.shadow is None else len(named) * stored // pairs
     blocks.manager.read_ahead(named[:cut])
     if blocks.shadow is not None:
@@ -145,33 +151,30 @@ class Part:
 
     def step(self) -> Step:
         """Ask for the blocks; those in memory come first."""
-        begins = self.starts[:-1]
-        numbers = (self.pairs.sub_expert.numpy()[begins] + self.blocks.first).tolist()
-        values = np.add.reduceat(self.pairs.weight.float().numpy(), begins)
+        weight = self.pairs.weight.float().numpy()
+        numbers, values = block_values(self.starts, self.pairs.sub_expert.numpy(), weight, self.blocks.first)
         return self.blocks.manager.step(numbers, values)
 
     def places(self, batch: list[Ready]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Positions of the blocks' pairs in the part, where each block's begin among them, and its slot."""
-        position, slot = np.array(batch).T
-        begin = self.starts[position]
-        starts = np.zeros(len(batch) + 1, np.int64)
-        np.cumsum(self.starts[position + 1] - begin, out=starts[1:])
-        at = np.arange(starts[-1]) + np.repeat(begin - starts[:-1], np.diff(starts))
+        at, starts, slot = pairs_of(np.array(batch), self.starts)
         return at, starts, slot
 
 
 def parts_of(selection: Selection, blocks: LayerBlocks, hidden: int) -> Iterator[Part]:
     """Cut a selection between blocks, so that the blocks of a part fit the cache, and its outputs into memory."""
-    sub_expert = selection.sub_expert.numpy()
-    starts = np.flatnonzero(np.diff(sub_expert, prepend=-1))
-    bounds = np.append(starts, len(sub_expert))
+    bounds = run_bounds(selection.sub_expert.numpy())
+    groups = len(bounds) - 1
     most_pairs = max(1, _PAIR_FLOATS // hidden)
     group = 0
-    while group < len(starts):
-        last = min(group + blocks.manager.cache.slots, len(starts))
+    while group < groups:
+        last = min(group + blocks.manager.cache.slots, groups)
         while last > group + 1 and bounds[last] - bounds[group] > most_pairs:
             last = group + (last - group) // 2
         begin, end = int(bounds[group]), int(bounds[last])
+        if last - group == groups:
+            yield Part(blocks, selection, 0, bounds)
+            return
         yield Part(blocks, Selection(*(v[begin:end] for v in selection)), begin, bounds[group : last + 1] - begin)
         group = last
 

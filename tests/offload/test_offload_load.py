@@ -12,7 +12,15 @@ from moe_prism.errors import CheckpointError, PrismError
 from moe_prism.offload import load_offloaded
 from moe_prism.offload.block_file import BlockFile
 from moe_prism.offload.deadline import set_deadline
+from moe_prism.offload.guessing import Guessing
 from moe_prism.offload.load import attach_blocks, load_resident, manager_of
+
+
+@pytest.fixture(autouse=True)
+def always_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models this small hardly wait, so that nothing would be read ahead."""
+    monkeypatch.setattr(Guessing, "worth", True)
+
 
 FAMILIES = ("olmoe", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe")
 

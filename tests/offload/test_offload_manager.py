@@ -12,6 +12,7 @@ from packing import block_file, content
 from moe_prism.errors import CheckpointError, PrismError
 from moe_prism.offload.block_file import BlockFile
 from moe_prism.offload.eviction import EVICTION, Belady, LeastRecentlyUsed
+from moe_prism.offload.guessing import Guessing
 from moe_prism.offload.manager import Manager
 from moe_prism.offload.tiers import MemoryTier
 
@@ -258,3 +259,16 @@ def test_two_managers_share_one_file(tmp_path) -> None:
         thread.join()
     assert len(results) == 48
     assert all(found == {b: content(path, layout, b) for b in found} for found in results)
+
+
+def test_guesses_are_made_while_steps_wait_for_longer_than_they_cost() -> None:
+    guessing, stalled = Guessing(), 0.0
+    assert guessing.worth  # nothing is known: the first guess says what one costs
+    guessing.step(stalled)
+    guessing.cost(1e-3)
+    assert not guessing.worth
+    for waits, worth in ((5e-3, True), (0.0, False), (1.9e-3, False), (2.2e-3, True)):
+        for _ in range(2000):
+            stalled += waits
+            guessing.step(stalled)
+        assert guessing.worth == worth

@@ -24,10 +24,17 @@ from moe_prism.errors import CheckpointError, PrismError
 from moe_prism.experts.shadow import from_planes, to_planes
 from moe_prism.offload import load_offloaded, set_deadline, set_stored
 from moe_prism.offload.block_file import BlockFile
+from moe_prism.offload.guessing import Guessing
 from moe_prism.offload.load import attach_blocks, attach_shadow, load_resident
 from moe_prism.offload.pace import Pace, Shadow
 from moe_prism.offload.parts import blocks_of
 from moe_prism.offload.plan import plan
+
+
+@pytest.fixture(autouse=True)
+def always_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models this small hardly wait, so that nothing would be read ahead."""
+    monkeypatch.setattr(Guessing, "worth", True)
 
 
 @dataclass

@@ -1,0 +1,60 @@
+"""Runs of pairs of the same block, and where a batch's pairs are: small loops that are dear in a step of one token.
+
+Knows arrays only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..elastic.kernels.compiled import serial
+
+Array = Any
+
+
+@serial
+def run_bounds(sub_expert: Array) -> Array:
+    """Where runs of equal values begin, and the end: int64 ``[G + 1]``."""
+    bounds = np.empty(len(sub_expert) + 1, np.int64)
+    count = 0
+    for i in range(len(sub_expert)):
+        if i == 0 or sub_expert[i] != sub_expert[i - 1]:
+            bounds[count] = i
+            count += 1
+    bounds[count] = len(sub_expert)
+    return bounds[: count + 1]
+
+
+@serial
+def block_values(starts: Array, sub_expert: Array, weight: Array, first: int) -> Any:
+    """The block of every run and the sum of its weights: int64 and float64 ``[G]``."""
+    groups = len(starts) - 1
+    numbers, values = np.empty(groups, np.int64), np.zeros(groups)
+    for group in range(groups):
+        numbers[group] = sub_expert[starts[group]] + first
+        for pair in range(starts[group], starts[group + 1]):
+            values[group] += weight[pair]
+    return numbers, values
+
+
+@serial
+def pairs_of(batch: Array, starts: Array) -> Any:
+    """The pairs of some runs.
+
+    Args:
+        batch: int64 ``[B, 2]``, numbers of runs and the slots of their blocks.
+        starts: int64 ``[G + 1]`` of all runs.
+
+    Returns:
+        int64: their positions ``[P]``, where each run's begin among these ``[B + 1]``, and the slots ``[B]``.
+    """
+    bounds = np.zeros(len(batch) + 1, np.int64)
+    for i in range(len(batch)):
+        bounds[i + 1] = bounds[i] + starts[batch[i, 0] + 1] - starts[batch[i, 0]]
+    at = np.empty(bounds[-1], np.int64)
+    for i in range(len(batch)):
+        for j in range(bounds[i], bounds[i + 1]):
+            at[j] = starts[batch[i, 0]] + j - bounds[i]
+    return at, bounds, batch[:, 1].copy()
