@@ -139,7 +139,7 @@ ablation: $(VENV)/.dev ## what each choice is worth, and N from 4 to 32; one see
 	  "gate-first, scaled" "gate-first, renormalised" ladder "ladder, compensated" $(ARGS)
 	for n in 4 16 32; do $(BIN)/python tools/frontier.py --calibration $(CALIBRATION) --text $(VALID) --seeds 1 \
 	  --tokens 8192 --calibration-tokens 8192 --num-sub-experts $$n --out build/ablation/n$$n/frontier.json \
-	  --methods "gate-first, compensated" ladder $(ARGS) || exit 1; done
+	  --methods static gate-first "gate-first, compensated" ladder $(ARGS) || exit 1; done
 
 # Another MoE (seed, sizes, top-k, renormalised weights), so that nothing is tuned to the bundled one.
 SECOND := build/second/model
@@ -164,9 +164,8 @@ $(DENSE)/config.json: | $(VENV)/.dev
 frontier-dense: $(DENSE)/config.json ## the same on SmolLM2-135M as one expert a layer (an hour) -> build/frontier/smollm2/
 	$(BIN)/python tools/frontier.py --model $(DENSE) --calibration $(DATA)/wikitext2/train-first1MB.txt \
 	  --text $(DATA)/wikitext2/test.txt --tokens 4096 --calibration-tokens 4096 --num-sub-experts 16 --seeds 1 \
-	  --mcq $(filter-out %/boolq.jsonl,$(MCQ)) --questions 25 --out build/frontier/smollm2/frontier.json \
-	  --methods static gate-first "gate-first, compensated" "static, compensated" ladder "balanced, weighted proxy" \
-	  "paper: proxy" $(ARGS)
+	  --out build/frontier/smollm2/frontier.json --methods static gate-first "gate-first, compensated" ladder \
+	  "static, compensated" "gate-first, compensated, shared and spread" "balanced, weighted proxy" "paper: proxy" $(ARGS)
 
 # MODEL: a name on the hub or a directory; a directory without the data sets of the hub needs ARGS='--text FILE --calibration FILE'.
 MODEL ?= allenai/OLMoE-1B-7B-0924

@@ -1,8 +1,10 @@
 """An executor on vLLM's fused kernel for CPUs: every sub-expert is an expert of C / N neurons.
 
 The kernel takes the same number of experts for all tokens of a call, and an id that means "none" would write out of
-bounds there. So tokens are grouped by how many sub-experts they run, one call for each group: nothing that is not
-selected is read or computed, and a token's sums are those that it gets alone. Knows nothing of layers or of steps.
+bounds there. So tokens that run fewer than others of their call name their last sub-expert again, with a weight of
+zero: nothing that is not selected is read, and a token's sums are those that it gets alone. Calls cost more than
+products that count for nothing (docs/benchmarks.md), so tokens part only where most products would. Knows nothing of
+layers or of steps.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from ..elastic.selection import Selection
 NAME = "vllm-cpu"
 _MULTIPLE = 32  # of a sub-expert's neurons, for the kernel's vectors
 _WASTE = 1.5  # how much larger than its neurons a padded sub-expert may be
+_PADDED = 2.0  # products of a call over those that count, at most
 
 
 class VirtualExperts(NamedTuple):
@@ -80,40 +83,80 @@ class VllmCpuExecutor(Executor):
     def run(self, module: nn.Module, x: Tensor, selection: Selection, n: int, computed: Tensor | None = None) -> Tensor:
         """See ``Executor.run``; what a gate computed is computed again."""
         virtual: VirtualExperts = module.virtual  # type: ignore[assignment]
-        rows, ids, weights, bounds = by_count(
-            selection.token.numpy(), selection.sub_expert.numpy(), selection.weight.float().numpy(), len(x)
-        )
-        if len(bounds) == 1 and bounds[0][1]:
-            shape = (len(x), bounds[0][1])
-            return virtual.run(x, torch.from_numpy(weights).view(shape), torch.from_numpy(ids).view(shape))
+        pairs = selection.token.numpy(), selection.sub_expert.numpy(), selection.weight.float().numpy()
+        calls = padded_calls(*pairs, len(x), _PADDED)
+        if len(calls) == 1 and len(calls[0].rows) == len(x):
+            return virtual.run(x, *_in_order(calls[0]))
         out = torch.zeros_like(x)
-        pair = row = 0
-        for tokens, count in bounds:
-            mine, pairs = torch.from_numpy(rows[row : row + tokens]), slice(pair, pair + tokens * count)
-            row, pair, shape = row + tokens, pairs.stop, (tokens, count)
-            if count:
-                out[mine] = virtual.run(
-                    x[mine], torch.from_numpy(weights[pairs]).view(shape), torch.from_numpy(ids[pairs]).view(shape)
-                )
+        for call in calls:
+            mine = torch.from_numpy(call.rows)
+            out[mine] = virtual.run(x[mine], torch.from_numpy(call.weights), torch.from_numpy(call.ids))
         return out
 
 
-def by_count(token: Any, sub_expert: Any, weight: Any, tokens: int) -> tuple[Any, Any, Any, list[tuple[int, int]]]:
-    """Sort pairs by how many their token has, then by token.
+class Call(NamedTuple):
+    """Tokens that run together.
+
+    Attributes:
+        rows: int64 ``[t]``, which.
+        ids: int32 ``[t, m]``, their sub-experts; what a token has fewer of repeats its last one.
+        weights: fp32 ``[t, m]``, 0 for what is repeated.
+    """
+
+    rows: Any
+    ids: Any
+    weights: Any
+
+
+def _in_order(call: Call) -> tuple[Tensor, Tensor]:
+    """Weights and ids of all tokens of a step, in their own order."""
+    order = np.argsort(call.rows)
+    return torch.from_numpy(call.weights[order]), torch.from_numpy(call.ids[order])
+
+
+def padded_calls(token: Any, sub_expert: Any, weight: Any, tokens: int, most: float) -> list[Call]:
+    """Part the tokens of a step into calls.
 
     Args:
-        token: int64 ``[S]``.
+        token: int64 ``[S]`` of (token, sub-expert) pairs, in any order.
         sub_expert: int64 ``[S]``.
         weight: fp32 ``[S]``.
-        tokens: T.
+        tokens: T; those without a pair are in no call.
+        most: ids of a call over its pairs, at most, as long as tokens differ.
 
     Returns:
-        Tokens in their new order, int64 ``[T]``; ids int32 ``[S]`` and weights ``[S]`` in that order; and for every
-        count that occurs, ascending, (tokens, count).
+        Calls, those of the most pairs a token first.
     """
     rows, ids, weights, counts = _by_count(token, sub_expert, weight, tokens)
-    values, each = np.unique(counts, return_counts=True)
-    return rows, ids, weights, list(zip(each.tolist(), values.tolist(), strict=True))
+    ends = np.cumsum(counts)
+    calls, last = [], tokens
+    while last and counts[last - 1]:
+        width = int(counts[last - 1])
+        # Tokens are in the order of their counts: the more of them, the more is padded.
+        shares = width * np.arange(1, last + 1) / np.maximum(1, np.cumsum(counts[:last][::-1]))
+        fits = (shares <= most) & (counts[:last][::-1] > 0)
+        count = max(int((counts[:last] == width).sum()), int(np.flatnonzero(fits)[-1]) + 1)
+        first = last - count
+        begin = int(ends[first] - counts[first])
+        mine = slice(begin, int(ends[last - 1]))
+        calls.append(Call(rows[first:last], *_padded(ids[mine], weights[mine], counts[first:last], width)))
+        last = first
+    return calls
+
+
+@numba.njit(cache=True, nogil=True)
+def _padded(ids: Any, weights: Any, counts: Any, width: int) -> Any:
+    every = np.empty((len(counts), width), np.int32)
+    values = np.zeros((len(counts), width), np.float32)
+    pair = 0
+    for t in range(len(counts)):
+        for m in range(width):
+            if m < counts[t]:
+                every[t, m], values[t, m] = ids[pair], weights[pair]
+                pair += 1
+            else:
+                every[t, m] = ids[pair - 1]
+    return every, values
 
 
 @numba.njit(cache=True, nogil=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from moe_prism.elastic.executors import EXECUTORS
 from moe_prism.elastic.selection import gather_selection, whole_experts
-from moe_prism.vllm_plugin.cpu_kernel import VirtualExperts, VllmCpuExecutor, all_sub_experts, fits
+from moe_prism.vllm_plugin.cpu_kernel import VirtualExperts, VllmCpuExecutor, all_sub_experts, fits, padded_calls
 from moe_prism.vllm_plugin.stacked import StackedExperts
 
 E, H, K = 6, 32, 3
@@ -55,6 +56,27 @@ def test_a_token_gets_what_it_gets_alone(dtype: torch.dtype) -> None:
         one = slice(t, t + 1)
         alone = VllmCpuExecutor().run(experts, x[one], gather_selection(chosen[one], index[one], weights[one]), 4)
         assert torch.equal(together[one], alone)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=40), st.floats(1.0, 4.0), st.integers(0, 1000))
+def test_calls_hold_every_pair_once_and_little_else(counts: list[int], most: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    token = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    sub_expert, weight = rng.integers(0, 99, len(token)), rng.random(len(token)).astype(np.float32) + 0.1
+    calls = padded_calls(token, sub_expert, weight, len(counts), most)
+    assert sorted(row for call in calls for row in call.rows) == [t for t, count in enumerate(counts) if count]
+    for call in calls:
+        mine = [counts[row] for row in call.rows]
+        assert call.ids.shape == call.weights.shape == (len(mine), max(mine))
+        assert min(mine) == max(mine) or call.ids.size <= most * sum(mine) + 1e-6
+        for row, ids, weights in zip(call.rows, call.ids, call.weights, strict=True):
+            counted = weights > 0
+            pairs = zip(sub_expert[token == row], weight[token == row], strict=True)
+            assert sorted(zip(ids[counted], weights[counted], strict=True)) == sorted(pairs)
+            assert set(ids) == set(sub_expert[token == row])  # nothing else is read
+    if most >= max(counts, default=1):
+        assert len(calls) <= 1
 
 
 def test_all_sub_experts_are_full_budget() -> None:
