@@ -152,8 +152,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compile", action="store_true", help="let vLLM compile the model (it runs eagerly)")
     parser.add_argument("--serve", type=Path, metavar="COST", help="also goodput over HTTP, with this cost model")
-    parser.add_argument("--serve-seconds", type=float, default=40.0, help="of arrivals, a server and round")
-    parser.add_argument("--load", type=float, default=1.2, help="arrivals over what stock vLLM sustains")
+    parser.add_argument("--serve-seconds", type=float, default=60.0, help="of arrivals, a server and round")
+    parser.add_argument("--load", type=float, default=1.15, help="arrivals over what stock vLLM sustains")
     arguments = parser.parse_args()
     full = open_checkpoint(arguments.checkpoint).elastic.full_budget
     options = {

@@ -29,6 +29,8 @@ from .setup import SUPPORTED, Setup
 from .stacked import StackedExperts, forget_weights
 
 _DIAL = "_moe_prism_dial"
+# Tokens of a mixed step up to which all run in one call (docs/benchmarks.md: reading is most of its time).
+_TOGETHER = 64
 _NUMBERS = count()
 # By number, which a compiled graph can hold; it must not keep an engine's weights alive.
 _METHODS: WeakValueDictionary[int, ElasticMethod] = WeakValueDictionary()
@@ -107,19 +109,21 @@ class ElasticMethod(UnquantizedFusedMoEMethod):
     def run(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """``[T, H]`` of ``[T, H]`` and the router's ``[T, k]`` weights and ids.
 
-        Tokens at full budget take vLLM's own path, whoever is beside them.
+        Tokens at full budget take vLLM's own path, beside others too if they are many; a few share the others' call
+        on a CPU, since weights that both need are then read once.
         """
         step = self._dial.step(len(x), x.device, self._number)
         if step is None:
             return self._whole(x, topk_weights, topk_ids)
         full = step.k_active == self._dial.full_budget
-        if not full.any():
+        if full.all():
+            return self._whole(x, topk_weights, topk_ids)
+        if not full.any() or (x.device.type == "cpu" and len(x) <= _TOGETHER):
             return self._below(x, topk_weights, topk_ids, step.k_active)
         out = torch.empty_like(x)
         out[full] = self._whole(x[full], topk_weights[full], topk_ids[full])
         rest = ~full
-        if rest.any():
-            out[rest] = self._below(x[rest], topk_weights[rest], topk_ids[rest], step.k_active[rest])
+        out[rest] = self._below(x[rest], topk_weights[rest], topk_ids[rest], step.k_active[rest])
         return out
 
     def _whole(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def goodput(
         server(checkpoint, Options(cost_model=str(cost.resolve())), options, cost.parent) as elastic,
     ):
         for _ in range(2):  # the first time warms up
-            jobs = poisson(10.0, 4.0, [(PROMPT, OUTPUT)], Mix(full, FLOORS, WEIGHTS), seed=0)
+            jobs = poisson(30.0, 4.0, [(PROMPT, OUTPUT)], Mix(full, FLOORS, WEIGHTS), seed=0)
             alone = HttpLoad(stock, NAME).saturate(jobs, _prompts(jobs, 0), RUNNING).record()
         rate, tpot_ms = load * alone["throughput_rps"], 1.5 * alone["tpot_ms"]["p50"]
         mix = Mix(full, FLOORS, WEIGHTS, ttft_ms=20 * tpot_ms, tpot_ms=tpot_ms)
