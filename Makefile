@@ -165,7 +165,7 @@ frontier-dense: $(DENSE)/config.json ## the same on SmolLM2-135M as one expert a
 	$(BIN)/python tools/frontier.py --model $(DENSE) --calibration $(DATA)/wikitext2/train-first1MB.txt \
 	  --text $(DATA)/wikitext2/test.txt --tokens 4096 --calibration-tokens 4096 --num-sub-experts 16 --seeds 1 \
 	  --out build/frontier/smollm2/frontier.json --methods static gate-first "gate-first, compensated" ladder \
-	  "static, compensated" "gate-first, compensated, shared and spread" "balanced, weighted proxy" "paper: proxy" $(ARGS)
+	  "static, compensated" "gate-first, compensated, shared by tokens" "balanced, weighted proxy" "paper: proxy" $(ARGS)
 
 # MODEL: a name on the hub or a directory; a directory without the data sets of the hub needs ARGS='--text FILE --calibration FILE'.
 MODEL ?= allenai/OLMoE-1B-7B-0924
