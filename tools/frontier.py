@@ -75,6 +75,8 @@ METHODS: dict[str, dict[str, Any]] = {
 ABLATIONS: dict[str, dict[str, Any]] = {
     "static, scaled": _STATIC | {"compensation_budgets": 8, "recalibration": "scale"},
     "static, renormalised": _STATIC | {"recalibration": "renormalise"},
+    "static, folded": _STATIC | {"fold": True},
+    "static, folded, compensated": _STATIC | {"fold": True, "compensation_budgets": 8},
     "probe": _PROBE,
     "probe, compensated": _PROBE | {"compensation_budgets": 8},
     "gate-first, scaled": _STATIC | _NEURONS | {"compensation_budgets": 8, "recalibration": "scale"},

@@ -108,6 +108,10 @@ class ElasticConfig(_Frozen):
         description="What is done to a layer's output below full budget. mean and scale: with the vectors fitted at "
         "the compensated budgets, if any; renormalise: routing weights of the experts that run keep their sum.",
     )
+    folded: bool = Field(
+        default=False,
+        description="The weight of an expert of which only some sub-experts run is scaled by the layers' factors.",
+    )
     sharing: list[float] | None = Field(
         default=None,
         description="For every budget K = 1..full_budget, how far tokens of a request depart from K as their scores "

@@ -14,6 +14,7 @@ STAGES = {
     "capture": "running calibration text",
     "layers": "partitioning layers",
     "spend": "choosing how budgets are spent",
+    "fold": "fitting what runs to what does not",
     "compensate": "fitting what budgets leave out",
     "thresholds": "fitting thresholds of tokens",
     "sharing": "choosing how far tokens share",

@@ -24,6 +24,7 @@ from .cpu_selection import select, select_all
 from .dial import Dial, Limiter, StepBudgets
 from .executors import NeuronRule, choose_executor
 from .executors.choice import What
+from .folding import folded
 from .ladder import LadderPlan, run_ladder
 from .selection import (
     Selection,
@@ -55,6 +56,7 @@ class ElasticLayer:
         shadow: the experts at few bits, where the plan is a ladder.
         number: of the layer among those of the model.
         thresholds: fp32 ``[full + 1]`` of ``Sharing``, where tokens share budgets.
+        fold: fp32 ``[E, N + 1]`` of ``folding``, where weights are scaled for what does not run.
     """
 
     name: str
@@ -67,6 +69,7 @@ class ElasticLayer:
     shadow: Shadow | None = None
     number: int = 0
     thresholds: Tensor | None = None
+    fold: Tensor | None = None
     _placed: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def on(self, device: torch.device) -> dict[str, Tensor]:
@@ -172,6 +175,9 @@ def run_budgets(
             own_weights = softmax_weights(scores.values, top_k_weights, full)
             part = selection.sub_expert % n
             selection = selection._replace(weight=own_weights[selection.token, selection.slot, part])
+        if state.fold is not None:
+            state.fold = state.fold.to(index.device)
+            selection = folded(selection, state.fold, index)
         if neurons is None:
             out = executor.run(module, hidden_states, selection, n, scores.activations)
         elif isinstance(state.dial.plan, LadderPlan):

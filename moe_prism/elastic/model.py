@@ -42,6 +42,7 @@ FINGERPRINT = "fingerprint"
 PERMUTATION = "permutation"
 NEURON_SCALE = "neuron_scale"
 COMPENSATION = "compensation"
+FOLD = "fold"
 THRESHOLDS = "thresholds"
 
 
@@ -129,7 +130,9 @@ def attach_layer(
     }
     gate = GATES.create(elastic.gate, elastic.gate_options)
     scale, vectors = mine.pop(NEURON_SCALE, None), mine.pop(COMPENSATION, None)
-    thresholds = mine.pop(THRESHOLDS, None)
+    thresholds, fold = mine.pop(THRESHOLDS, None), mine.pop(FOLD, None)
+    if elastic.folded and (fold is None or fold.shape != (elastic.num_experts, elastic.num_sub_experts + 1)):
+        raise CheckpointError(f"{TENSORS_FILE} has no tensor {prefix}{FOLD} for the weights to be scaled by")
     if elastic.sharing is not None and (thresholds is None or len(thresholds) != elastic.full_budget + 1):
         raise CheckpointError(f"{TENSORS_FILE} has no tensor {prefix}{THRESHOLDS} for tokens that share budgets")
     if elastic.scan is not None and (scale is None or not is_plain(module)):
@@ -146,7 +149,7 @@ def attach_layer(
         name, dial, gate, mine, elastic.num_sub_experts, scale, shadow=shadow, number=elastic.layers.index(name)
     )
     state.compensation = recalibration(elastic.recalibration, vectors, elastic.compensated, elastic.full_budget)
-    state.thresholds = thresholds
+    state.thresholds, state.fold = thresholds, fold
     pack(module)
     module.__dict__["_moe_prism"] = state
     return state

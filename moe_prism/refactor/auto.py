@@ -47,7 +47,8 @@ METHODS: tuple[Method, ...] = (
         "static order, N = 8",
         {
             "num_sub_experts": 8, "solver": "importance", "solver_options": {}, "gate": "static", "gate_options": {},
-            "neurons": "all", "compensation_budgets": 0, "token_budgets": "equal", "layer_budgets": "uniform",
+            "neurons": "all", "fold": False, "compensation_budgets": 0, "token_budgets": "equal",
+            "layer_budgets": "uniform",
         },
     ),
     Method("weighted proxy gate, balanced partition", {"solver": "balanced", "gate": "proxy"}),

@@ -78,6 +78,11 @@ class Recipe(BaseModel):
         "scale and a shift for every dimension of the layer's output. renormalise fits nothing: routing weights of the "
         "experts that run are scaled to the sum of all routed ones.",
     )
+    fold: bool = Field(
+        False,
+        description="true: the weight of an expert of which only some sub-experts run is scaled, by ridge regression, "
+        "so that they stand for all of it (needs neurons: all).",
+    )
     token_budgets: Literal["equal", "shared"] = Field(
         "equal",
         description="equal = every token of a request runs its budget; shared = tokens with concentrated scores run "
@@ -125,6 +130,10 @@ class Recipe(BaseModel):
             raise ValueError("recalibration: renormalise fits nothing; set compensation_budgets: 0")
         if self.shadow_bits and self.neurons != "gate-first":
             raise ValueError(f"shadow_bits: {self.shadow_bits} needs neurons: gate-first, got {self.neurons}")
+        if self.fold and self.neurons != "all":
+            raise ValueError(f"fold: true scales whole sub-experts and needs neurons: all, got {self.neurons}")
+        if self.fold and self.finetune is not None:
+            raise ValueError("finetune trains without folding; set fold: false")
         return self
 
     @staticmethod

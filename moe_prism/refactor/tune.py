@@ -18,7 +18,7 @@ from ..elastic import attach, dial_of
 from ..elastic.budgets import elastic_layers
 from ..elastic.compensation import FITTED, FittedRecalibration
 from ..elastic.ladder import LadderPlan, Rung
-from ..elastic.model import COMPENSATION, NEURON_SCALE, THRESHOLDS, detach
+from ..elastic.model import COMPENSATION, FOLD, NEURON_SCALE, THRESHOLDS, detach
 from ..elastic.plan import Plan
 from ..elastic.sharing import Sharing
 from ..errors import PrismError
@@ -29,6 +29,7 @@ from ..gates import Gate
 from .climb import choose_rungs
 from .compensate import budgets_to_fit, fit_compensation
 from .finetune import finetune
+from .fold import fit_folding
 from .layer_budgets import choose_layer_budgets
 from .recipe import Recipe
 from .share import choose_strength, fit_thresholds
@@ -74,8 +75,8 @@ def tune(
         recipe: what to do.
         skip: whether budgets skip neurons.
         work: where finished steps are kept.
-        tell: called with (stage, steps done, in all); stages "spend", "compensate", "finetune", "thresholds", "sharing"
-            and "layer budgets".
+        tell: called with (stage, steps done, in all); stages "spend", "fold", "compensate", "finetune", "thresholds",
+            "sharing" and "layer budgets".
 
     Returns:
         ``elastic`` with its plan.
@@ -87,7 +88,7 @@ def tune(
             for name, value in make_shadow(layer.module).tensors().items():
                 tensors[f"{layer.name}.{name}"] = value
     measured, shared = recipe.layer_budgets == "measured", recipe.token_budgets == "shared"
-    if skip or fitted or measured or shared or training is not None:
+    if skip or fitted or measured or shared or recipe.fold or training is not None:
         implementation: str = model.config._experts_implementation
         dial = attach(model, elastic, tensors)
         try:
@@ -107,6 +108,11 @@ def tune(
                     work.keep_numbers("scan", scan)
                 dial.plan = Plan(scan, size)
                 elastic = elastic.model_copy(update={"scan": scan})
+            if recipe.fold:
+                factors = fit_folding(model, windows, lambda done, total: tell("fold", done, total))
+                for layer, state in elastic_layers(model):
+                    state.fold = tensors[f"{layer.name}.{FOLD}"] = factors[layer.name]
+                elastic = elastic.model_copy(update={"folded": True})
             for layer, state in elastic_layers(model):
                 if fitted:
                     kind = FITTED[recipe.recalibration]
