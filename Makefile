@@ -125,7 +125,7 @@ bench-memory: $(VENV)/.dev ## peak memory of profiling a layer of a 30B shape ->
 bench-frontier: $(VENV)/.dev ## the operating points of README and docs (20 minutes) -> docs/results/
 	bash tools/bench_frontier.sh $(DATA)
 
-bench-points: $(VENV)/.dev ## distinct points of the fine dial, budgets of prompt and continuation (an hour) -> docs/results/fine-dial/
+bench-points: $(VENV)/.dev ## distinct points of the fine dial, budgets of prompt and continuation (half an hour) -> docs/results/fine-dial/
 	bash tools/bench_points.sh $(DATA)
 
 frontier: $(VENV)/.dev ## quality at equal cost, method by method (hours) -> build/frontier/frontier.json
@@ -135,7 +135,8 @@ frontier: $(VENV)/.dev ## quality at equal cost, method by method (hours) -> bui
 ablation: $(VENV)/.dev ## what each choice is worth, and N from 4 to 32; one seed (an hour) -> build/ablation/
 	$(BIN)/python tools/frontier.py --calibration $(CALIBRATION) --text $(VALID) --seeds 1 --tokens 8192 \
 	  --calibration-tokens 8192 --out build/ablation/n8/frontier.json --methods static "static, compensated" \
-	  "static, scaled" "static, renormalised" "static, folded" "static, folded, compensated" probe "probe, compensated" gate-first "gate-first, compensated" \
+	  "static, scaled" "static, renormalised" "static, folded" "static, folded, compensated" probe \
+	  "probe, compensated" gate-first "gate-first, compensated" \
 	  "gate-first, scaled" "gate-first, renormalised" ladder "ladder, compensated" $(ARGS)
 	for n in 4 16 32; do $(BIN)/python tools/frontier.py --calibration $(CALIBRATION) --text $(VALID) --seeds 1 \
 	  --tokens 8192 --calibration-tokens 8192 --num-sub-experts $$n --out build/ablation/n$$n/frontier.json \

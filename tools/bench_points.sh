@@ -4,7 +4,7 @@
 #     bash tools/bench_points.sh ../shared/data [TOKENS]
 #
 # The second checkpoint is another seed, which reads another part of the calibration text.
-# TOKENS (16,384, what the recipe's points are chosen for) of each text. Writes docs/results/fine-dial/; an hour on 2 cores.
+# TOKENS (16,384, what the recipe's points are chosen for) of each text. Writes docs/results/fine-dial/; half an hour on 2 cores.
 set -euo pipefail
 data=$1
 tokens=${2:-16384}

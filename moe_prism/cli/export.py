@@ -21,7 +21,8 @@ def export(
     """Write an ordinary checkpoint with E x N small experts and the linear gate as its router.
 
     transformers, vLLM and others load it as any model of its family; num_experts_per_tok in config.json is the dial.
-    Gates other than linear, neurons chosen inside sub-experts and compensation stay behind: they need moe-prism.
+    Gates other than linear, neurons chosen inside sub-experts, compensation and folding stay behind, as they need
+    moe-prism.
 
     Example: moe-prism export olmoe-elastic olmoe-fine --format fine-grained --k-active 16
     """

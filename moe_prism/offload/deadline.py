@@ -73,7 +73,7 @@ def set_deadline(model: nn.Module, tpot_ms: float | None, k_min: Budget = 1) -> 
     A token runs what is in memory and the blocks that are worth their time, by score, and never less than ``k_min``
     sub-experts in a layer: a floor that cannot be read in time is read all the same. With a copy at 4 bits
     (``load_offloaded(..., shadow=...)``) what is not in memory is read as that first, and in the time left as stored;
-    the floor always runs as stored.
+    the floor always runs as stored. Replaces ``set_stored``, with None as well.
 
     Args:
         model: an offloaded model; its budget, as ``set_budget`` left it, is the most that a token runs.

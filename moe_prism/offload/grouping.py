@@ -1,4 +1,4 @@
-"""Runs of pairs of the same block, and where a batch's pairs are: small loops that are dear in a step of one token.
+"""The blocks of a step, and where a batch's pairs are: small loops that are dear in a step of one token.
 
 Knows arrays only.
 """
@@ -12,19 +12,6 @@ import numpy as np
 from ..elastic.kernels.compiled import serial
 
 Array = Any
-
-
-@serial
-def run_bounds(sub_expert: Array) -> Array:
-    """Where runs of equal values begin, and the end: int64 ``[G + 1]``."""
-    bounds = np.empty(len(sub_expert) + 1, np.int64)
-    count = 0
-    for i in range(len(sub_expert)):
-        if i == 0 or sub_expert[i] != sub_expert[i - 1]:
-            bounds[count] = i
-            count += 1
-    bounds[count] = len(sub_expert)
-    return bounds[: count + 1]
 
 
 @serial

@@ -31,7 +31,7 @@ from .predict import Predictor
 from .tiers import MemoryTier, Tier
 
 RULE = "frequent-recent"
-# Of the blocks' memory, for the copy at 4 bits: docs/benchmarks.md.
+# Of the blocks' memory, for the copy at 4 bits: the best of three tried (docs/log.md).
 SHADOW_SHARE = 0.75
 # Logits, outputs of a layer's pairs and what the allocator keeps, in bytes.
 WORKING = 160 << 20
@@ -93,10 +93,11 @@ def load_offloaded(
             )
         slots = _places(files, free, shares)
         manager = attach_blocks(model, files[0], slots[0], rule=rule, readers=readers, read_ahead=read_ahead)
+        opened.callback(manager.close)
         if shadow is not None:
             attach_shadow(model, manager, files[1], slots[1], rule=rule, readers=readers)
-        opened.pop_all()  # the managers close them
-    use_fast_linear(model)
+        use_fast_linear(model)
+        opened.pop_all()  # the manager closes them from now on
     return model
 
 

@@ -24,7 +24,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..checkpoint.atomic import check_disk_space, check_output, sync_tree
 from ..checkpoint.checksums import SUMS_FILE, format_sums, list_files, sha256
@@ -32,7 +32,7 @@ from ..checkpoint.read import ElasticCheckpoint, open_checkpoint
 from ..errors import CheckpointError, PrismError
 from ..experts import ExpertLayer, find_expert_layers
 from ..experts.neurons import is_plain
-from ..experts.shadow import GROUP, to_planes
+from ..experts.shadow import GROUP, UPPER_SHARE, to_planes
 from ..gates import GATES
 from .block_file import DIGITS, DTYPES, BlockLayout, checksum, read_layout
 
@@ -78,11 +78,8 @@ def pack_checkpoint(
         )
     if shadow_bits not in (0, 4):
         raise PrismError(f"shadow_bits must be 0 (no copy) or 4, got {shadow_bits}")
-    if shadow_bits and opened.elastic.scan is not None:
-        raise PrismError(
-            "a copy of the blocks at 4 bits is run whole, and this checkpoint skips neurons inside them; refactor with "
-            "neurons: all, or pack without the copy"
-        )
+    if shadow_bits:
+        _check_shadow(opened)
     check_output(out)
     out = out.expanduser().resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -102,12 +99,13 @@ def _write(
 ) -> BlockLayout:
     stacked = work / ".stacked"
     shutil.rmtree(stacked, ignore_errors=True)  # of a run that was killed
-    check_disk_space(out, 2 * sum(file.stat().st_size for file in opened.path.rglob("*") if file.is_file()))
+    size = sum(file.stat().st_size for file in opened.path.rglob("*") if file.is_file())
+    check_disk_space(out, int((2 + UPPER_SHARE * shadow) * size))
     try:
         model = _load_with_experts_on_disk(opened, stacked)
         layers = find_expert_layers(model)
         layout = _layout(opened, layers)
-        files = {BLOCKS_FILE: layout} | ({SHADOW_FILE: _shadow_layout(layout, layers)} if shadow else {})
+        files = {BLOCKS_FILE: layout} | ({SHADOW_FILE: layout.model_copy(update={"dtype": DIGITS})} if shadow else {})
         for done, (name, mine) in enumerate(files.items()):
             tell = None if progress is None else partial(_tell, progress, done * layout.blocks, len(files))
             _write_blocks(work / name, mine, layers, tell)
@@ -140,10 +138,7 @@ def _save_unshared(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _load_with_experts_on_disk(opened: ElasticCheckpoint, folder: Path) -> PreTrainedModel:
-    with torch.device("meta"):
-        from transformers import AutoConfig
-
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(opened.path))
+    skeleton = _skeleton(opened)
     experts = set(opened.elastic.layers)
     places: dict[str, str] = {}
     for name, module in skeleton.named_modules():
@@ -181,13 +176,26 @@ def _layout(opened: ElasticCheckpoint, layers: list[ExpertLayer]) -> BlockLayout
     )
 
 
-def _shadow_layout(layout: BlockLayout, layers: list[ExpertLayer]) -> BlockLayout:
-    if not all(is_plain(layer.module) for layer in layers) or layout.hidden_size % GROUP:
+def _check_shadow(opened: ElasticCheckpoint) -> None:
+    """Raises PrismError where blocks at 4 bits could not be run."""
+    if opened.elastic.scan is not None:
+        raise PrismError(
+            "a copy of the blocks at 4 bits is run whole, and this checkpoint skips neurons inside them; refactor with "
+            "neurons: all, or pack without the copy"
+        )
+    layers = find_expert_layers(_skeleton(opened))
+    if not all(is_plain(layer.module) for layer in layers) or layers[0].hidden_size % GROUP:
         raise PrismError(
             "only experts of the usual kind (SiLU, gate and up apart, no biases, a hidden size that is a multiple of "
             f"{GROUP}) have a copy at 4 bits; pack without it"
         )
-    return layout.model_copy(update={"dtype": DIGITS})
+
+
+def _skeleton(opened: ElasticCheckpoint) -> nn.Module:
+    """The model without weights."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(opened.path))
+    return model
 
 
 def _tell(progress: Callable[[int, int], None], before: int, files: int, done: int, blocks: int) -> None:

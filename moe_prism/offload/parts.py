@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..elastic.executors.bias import add_gate_up_bias
 from ..elastic.kernels import add_rows, multiply_rows
+from ..elastic.kernels.gated import run_starts
 from ..elastic.selection import Selection
-from .grouping import block_values, pairs_of, run_bounds
+from .grouping import block_values, pairs_of
 from .manager import Manager, Ready, Step
 from .predict import Predictor
 
@@ -163,7 +164,7 @@ class Part:
 
 def parts_of(selection: Selection, blocks: LayerBlocks, hidden: int) -> Iterator[Part]:
     """Cut a selection between blocks, so that the blocks of a part fit the cache, and its outputs into memory."""
-    bounds = run_bounds(selection.sub_expert.numpy())
+    bounds = run_starts(selection.sub_expert.numpy())
     groups = len(bounds) - 1
     most_pairs = max(1, _PAIR_FLOATS // hidden)
     group = 0

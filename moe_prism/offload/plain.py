@@ -20,8 +20,8 @@ from ..experts.shadow import Planes, from_planes
 from .manager import Ready
 from .parts import LayerBlocks, Part, parts_of, read_ahead
 
-# Pairs of a block from which its digits are unpacked once for all of them (OLMoE's sizes: docs/benchmarks.md).
-_UNPACK_FROM = 8
+# Pairs of a block from which its digits are unpacked once for all of them (OLMoE's sizes: docs/log.md).
+_UNPACK_FROM = 64
 
 
 def run_plain(blocks: LayerBlocks, x: Tensor, selection: Selection) -> Tensor:

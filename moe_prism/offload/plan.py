@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from ..elastic import budget
+from ..elastic import budget, dial_of
 from ..errors import PrismError
 from .load import RULE, manager_of
 from .stored import layers_of, set_stored
@@ -88,19 +88,22 @@ def plan(
     manager = manager_of(model)
     trace = record(model, ids)
     bandwidth = manager.tier.bandwidth(len(manager.readers), _SAMPLE)
+    dial, shadow = dial_of(model), layers_of(model)[0].shadow
+    points, before = [], dial.limiter
     set_stored(model, k_stored)
-    shadow = layers_of(model)[0].shadow
-    points = []
-    for k_active in sorted(budgets):
-        stored = k_active if k_stored is None else min(k_active, k_stored)
-        misses = trace.misses(stored, manager.cache.slots, rule)
-        read = misses * manager.layout.stride
-        if shadow is not None and k_active > stored:
-            low = trace.misses(k_active, shadow.manager.cache.slots, rule, stored)
-            misses, read = misses + low, read + low * shadow.manager.layout.stride
-        required = k_active * len(trace.blocks)
-        seconds = _compute_seconds(model, ids, k_active)
-        points.append(Expected(k_active, 1 - misses / required, read / bandwidth, seconds))
+    try:
+        for k_active in sorted(budgets):
+            stored = k_active if k_stored is None else min(k_active, k_stored)
+            misses = trace.misses(stored, manager.cache.slots, rule)
+            read = misses * manager.layout.stride
+            if shadow is not None and k_active > stored:
+                low = trace.misses(k_active, shadow.manager.cache.slots, rule, stored)
+                misses, read = misses + low, read + low * shadow.manager.layout.stride
+            required = k_active * len(trace.blocks)
+            seconds = _compute_seconds(model, ids, k_active)
+            points.append(Expected(k_active, 1 - misses / required, read / bandwidth, seconds))
+    finally:
+        dial.limiter = before
     return MemoryPlan(points, manager.cache.slots, manager.layout.blocks, bandwidth)
 
 

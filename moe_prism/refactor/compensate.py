@@ -11,8 +11,8 @@ what to run.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ..elastic.budgets import elastic_layers
 from ..elastic.compensation import Compensation, FittedRecalibration, OutputScale
 from ..elastic.layer import ElasticLayer
 from ..experts import ExpertLayer
-from .capture import TOKENS_PER_BATCH
+from .watch import watch_layers
 
 # Of the mean diagonal: an expert with a hundredth of the usual traffic is held half-way to zero.
 _RIDGE = 1e-2
@@ -119,19 +119,10 @@ def fit_compensation(
         Layer name -> fp32 ``[R, H]``.
     """
     layers = elastic_layers(model)
-    batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
-    body = getattr(model, "base_model", model)
     sums = {layer.name: _SUMS[type(_fitted(state))](layer) for layer, state in layers}
-    handles = [layer.module.register_forward_hook(_watch(sums[layer.name]), with_kwargs=True) for layer, _ in layers]
-    try:
-        with budget(model, k_active):
-            for number, batch in enumerate(batches):
-                body(input_ids=batch.to(model.device), use_cache=False)
-                if progress:
-                    progress(number + 1, len(batches))
-    finally:
-        for handle in handles:
-            handle.remove()
+    watchers = {layer.name: partial(_compare, layer.module, sums[layer.name]) for layer, _ in layers}
+    with budget(model, k_active):
+        watch_layers(model, windows, watchers, progress)
     for layer, state in layers:
         vectors = _fitted(state).vectors
         vectors[position] = sums[layer.name].improve(vectors[position])
@@ -143,10 +134,6 @@ def _fitted(state: ElasticLayer) -> FittedRecalibration:
     return state.compensation
 
 
-def _watch(sums: _Sums) -> Callable[[nn.Module, Sequence[Any], dict[str, Any], Tensor], None]:
-    def hook(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
-        x, index, weights = (*args, *kwargs.values())[:3]
-        full = grouped_mm_experts_forward(module, x, index, weights)
-        sums.add(index, weights, full.float(), out.float())
-
-    return hook
+def _compare(module: nn.Module, sums: _Sums, x: Tensor, index: Tensor, weights: Tensor, out: Tensor) -> None:
+    full = grouped_mm_experts_forward(module, x, index, weights)
+    sums.add(index, weights, full.float(), out.float())

@@ -4,8 +4,8 @@ Every sub-expert becomes an expert: rows of gate and up and columns of down are 
 ``E * N`` experts, and the router has one row per sub-expert, those of the linear gate (arXiv 2510.19366, phase 1.3).
 A softmax router gives each of N equal rows an N-th of the expert's weight, so down projections are scaled by N. At
 full budget the result computes what the original does, unless the rows were finetuned: then they are its router there
-too. ``num_experts_per_tok`` is then the dial. Other gates, neurons
-chosen inside sub-experts and compensation need this package at run time and are not exported. Knows no engine.
+too. ``num_experts_per_tok`` is then the dial. Other gates, neurons chosen inside sub-experts, compensation and folding
+need this package at run time and are not exported. Knows no engine.
 """
 
 from __future__ import annotations

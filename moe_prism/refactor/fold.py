@@ -8,18 +8,17 @@ Knows nothing of budgets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..elastic.budgets import elastic_layers
 from ..elastic.layer import ElasticLayer
 from ..experts import ExpertLayer
 from ..experts.neurons import activations, down
-from .capture import TOKENS_PER_BATCH
+from .watch import watch_layers
 
 # Of an expert's mean square: one with little traffic stays near 1.
 _RIDGE = 1e-2
@@ -32,7 +31,7 @@ class _Sums:
         self.layer, self.state = layer, state
         self.square, self.product = torch.zeros(2, layer.num_experts, state.num_sub_experts + 1, dtype=torch.float64)
 
-    def add(self, x: Tensor, index: Tensor, weights: Tensor) -> None:
+    def add(self, x: Tensor, index: Tensor, weights: Tensor, _out: Tensor) -> None:
         """Tokens of a batch."""
         state, module = self.state, self.layer.module
         n, size = state.num_sub_experts, self.layer.num_neurons // state.num_sub_experts
@@ -71,23 +70,5 @@ def fit_folding(
         Layer name -> fp32 ``[E, N + 1]``.
     """
     sums = {layer.name: _Sums(layer, state) for layer, state in elastic_layers(model)}
-    handles = [s.layer.module.register_forward_hook(_watch(s), with_kwargs=True) for s in sums.values()]
-    body = getattr(model, "base_model", model)
-    batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
-    try:
-        for number, batch in enumerate(batches):
-            body(input_ids=batch.to(model.device), use_cache=False)
-            if progress:
-                progress(number + 1, len(batches))
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch_layers(model, windows, {name: found.add for name, found in sums.items()}, progress)
     return {name: found.factors() for name, found in sums.items()}
-
-
-def _watch(sums: _Sums) -> Callable[[nn.Module, Sequence[Any], dict[str, Any], Tensor], None]:
-    def hook(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], out: Tensor) -> None:
-        x, index, weights = (*args, *kwargs.values())[:3]
-        sums.add(x, index, weights)
-
-    return hook

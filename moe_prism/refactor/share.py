@@ -7,14 +7,13 @@ strengths, interpolated between. Knows nothing of what a token's budget is spent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..elastic import budget, dial_of
@@ -22,7 +21,7 @@ from ..elastic.budgets import elastic_layers
 from ..elastic.layer import ElasticLayer
 from ..elastic.sharing import Sharing, relative_scores
 from ..evaluation.measure import Run, measure
-from .capture import TOKENS_PER_BATCH
+from .watch import watch_layers
 
 SHARES = (0.125, 0.25, 0.5, 0.75)
 STRENGTHS = (0.0, 0.5, 1.0)
@@ -44,31 +43,16 @@ def fit_thresholds(
     full = dial_of(model).full_budget
     seen: dict[str, list[Tensor]] = {}
 
-    def watch(name: str, state: ElasticLayer) -> Callable[[nn.Module, Sequence[Any], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-            x, index, weights = (*args, *kwargs.values())[:3]
-            scores = state.gate.score(module, state.on(x.device), x, index, state.num_sub_experts).values
-            seen.setdefault(name, []).append(relative_scores(scores, weights, state.gate.weighted).cpu())
+    def see(name: str, state: ElasticLayer, x: Tensor, index: Tensor, weights: Tensor, _out: Tensor) -> None:
+        module, n = modules[name], state.num_sub_experts
+        scores = state.gate.score(module, state.on(x.device), x, index, n).values
+        seen.setdefault(name, []).append(relative_scores(scores, weights, state.gate.weighted).cpu())
 
-        return hook
-
-    handles = [
-        layer.module.register_forward_pre_hook(watch(layer.name, state), with_kwargs=True)
-        for layer, state in elastic_layers(model)
-    ]
-    batches = windows[: max(1, TOKENS_OF_THRESHOLDS // windows.shape[1])].split(
-        max(1, TOKENS_PER_BATCH // windows.shape[1])
-    )
-    body = getattr(model, "base_model", model)
-    try:
-        with budget(model, full):
-            for number, batch in enumerate(batches):
-                body(input_ids=batch.to(model.device), use_cache=False)
-                if progress:
-                    progress(number + 1, len(batches))
-    finally:
-        for handle in handles:
-            handle.remove()
+    modules = {layer.name: layer.module for layer, _ in elastic_layers(model)}
+    watchers = {layer.name: partial(see, layer.name, state) for layer, state in elastic_layers(model)}
+    some = windows[: max(1, TOKENS_OF_THRESHOLDS // windows.shape[1])]
+    with budget(model, full):
+        watch_layers(model, some, watchers, progress)
     return {name: _thresholds(torch.cat(parts), full) for name, parts in seen.items()}
 
 

@@ -3,8 +3,8 @@
 The kernel takes the same number of experts for all tokens of a call, and an id that means "none" would write out of
 bounds there. So tokens that run fewer than others of their call name their last sub-expert again, with a weight of
 zero: nothing that is not selected is read, and a token's sums are those that it gets alone. Calls cost more than
-products that count for nothing (docs/benchmarks.md), so tokens part only where most products would. Knows nothing of
-layers or of steps.
+products that count for nothing (docs/results/vllm_kernel.json), so tokens part only where most products would. Knows
+nothing of layers or of steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..elastic.selection import Selection
 NAME = "vllm-cpu"
 _MULTIPLE = 32  # of a sub-expert's neurons, for the kernel's vectors
 _WASTE = 1.5  # how much larger than its neurons a padded sub-expert may be
-_PADDED = 2.0  # products of a call over those that count, at most
+PADDED = 2.0  # products of a call over those that count, at most
 
 
 class VirtualExperts(NamedTuple):
@@ -84,7 +84,7 @@ class VllmCpuExecutor(Executor):
         """See ``Executor.run``; what a gate computed is computed again."""
         virtual: VirtualExperts = module.virtual  # type: ignore[assignment]
         pairs = selection.token.numpy(), selection.sub_expert.numpy(), selection.weight.float().numpy()
-        calls = padded_calls(*pairs, len(x), _PADDED)
+        calls = padded_calls(*pairs, len(x), PADDED)
         if len(calls) == 1 and len(calls[0].rows) == len(x):
             return virtual.run(x, *_in_order(calls[0]))
         out = torch.zeros_like(x)

@@ -29,7 +29,8 @@ from .setup import SUPPORTED, Setup
 from .stacked import StackedExperts, forget_weights
 
 _DIAL = "_moe_prism_dial"
-# Tokens of a mixed step up to which all run in one call (docs/benchmarks.md: reading is most of its time).
+# Tokens of a mixed step up to which all run in one call, since reading is most of its time: measured with 8 of them
+# (docs/benchmarks.md), a guess above.
 _TOGETHER = 64
 _NUMBERS = count()
 # By number, which a compiled graph can hold; it must not keep an engine's weights alive.

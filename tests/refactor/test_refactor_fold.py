@@ -71,8 +71,7 @@ def test_a_folded_checkpoint_scales_below_full_budget_only(tmp_path) -> None:
         make_elastic(stock, tmp_path / name, recipe(solver="importance", gate="static", **changes))
     plain, scaled = (load_elastic(tmp_path / name, fast_linear=False) for name in ("plain", "folded"))
     assert (logits(plain) - logits(scaled)).abs().max() < 1e-5  # full budget is the original
-    x = torch.randn(200, 32)
-    (layer, state), (_, without) = elastic_layers(scaled)[0], elastic_layers(plain)[0]
+    (_, state), (_, without) = elastic_layers(scaled)[0], elastic_layers(plain)[0]
     assert without.fold is None
     assert state.fold is not None
     with budget(plain, 7), budget(scaled, 7):
@@ -87,7 +86,6 @@ def test_a_folded_checkpoint_scales_below_full_budget_only(tmp_path) -> None:
     with budget(plain, 7), budget(scaled, 7):
         assert (logits(plain) - logits(scaled)).abs().max() < 1e-4  # nothing but the factors differs
     assert elastic_layers(load_elastic(tmp_path / "both"))[0][1].compensation is not None
-    del x, layer
 
 
 def test_a_missing_factor_and_what_cannot_be_folded_are_refused(tmp_path) -> None:

@@ -3,8 +3,8 @@
     VLLM_PYTHON tools/vllm_bench/kernel.py --out build/bench/vllm_kernel.json
 
 Columns: ``experts`` is vLLM's own layout; ``sub_experts`` the plugin's, at several budgets; ``a_pair_a_row`` the same
-with a token repeated for each of its sub-experts, which any mix of budgets could share; ``ours`` our own CPU kernels at
-full budget.
+with a token repeated for each of its sub-experts, which any mix of budgets could share; ``mixed`` tokens of random
+budgets from a quarter up, a call for each budget and as the plugin calls; ``ours`` our own CPU kernels at full budget.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
@@ -28,7 +29,7 @@ from moe_prism.elastic.cpu_selection import select_all
 from moe_prism.elastic.executors import EXECUTORS
 from moe_prism.evaluation.environment import cpu_name, usable_cores, versions
 from moe_prism.experts.packing import pack
-from moe_prism.vllm_plugin.cpu_kernel import VirtualExperts, all_sub_experts
+from moe_prism.vllm_plugin.cpu_kernel import PADDED, VirtualExperts, all_sub_experts, padded_calls
 from moe_prism.vllm_plugin.stacked import StackedExperts
 
 EXPERTS, HIDDEN, NEURONS, TOP_K, N = 64, 1024, 512, 8, 4
@@ -82,10 +83,32 @@ def rows(dtype: torch.dtype, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
         row["experts"] = milliseconds(experts, times)
         row["sub_experts"] = {k: milliseconds(sub_experts(k), times) for k in BUDGETS}
         row["a_pair_a_row"] = {k: milliseconds(a_pair_a_row(k), times) for k in BUDGETS}
+        row["mixed"] = mixed(virtual, x, every, ids, times)
         row["ours"] = milliseconds(lambda x=x, all=everything: cpu.run(ours, x, all, 1), times)
         print(json.dumps(row), flush=True)
         found.append(row)
     return found
+
+
+def mixed(virtual: VirtualExperts, x: Tensor, every: Tensor, ids: Tensor, times: int) -> dict[str, float]:
+    """Tokens of random budgets below full."""
+    rng = np.random.default_rng(0)
+    budgets = rng.integers(FULL // 4, FULL, len(x))
+    token = np.repeat(np.arange(len(x)), budgets)
+    place = np.concatenate([rng.permutation(FULL)[:k] for k in budgets])
+    pairs = token, ids.numpy()[token, place], every.numpy()[token, place]
+
+    def run(most: float) -> Tensor:
+        out = torch.zeros_like(x)
+        for call in padded_calls(*pairs, len(x), most):
+            mine = torch.from_numpy(call.rows)
+            out[mine] = virtual.run(x[mine], torch.from_numpy(call.weights), torch.from_numpy(call.ids))
+        return out
+
+    return {
+        "a_call_a_budget": milliseconds(lambda: run(1.0), times),  # nothing is repeated
+        "as_the_plugin": milliseconds(lambda: run(PADDED), times),
+    }
 
 
 def main() -> None:
@@ -93,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    found = [row for dtype in (torch.bfloat16, torch.float32) for row in rows(dtype, (1, 8, 32, 256))]
+    found = [row for dtype in (torch.bfloat16, torch.float32) for row in rows(dtype, (1, 8, 32, 128, 256))]
     shape = {"experts": EXPERTS, "hidden": HIDDEN, "neurons": NEURONS, "top_k": TOP_K, "num_sub_experts": N}
     record = {
         "machine": {"cpu": cpu_name(), "cores": usable_cores(), "threads": torch.get_num_threads()},

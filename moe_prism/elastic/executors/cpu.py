@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...experts.neurons import is_plain
 from ..kernels import add_rows, gated_experts, gated_neurons, multiply_rows
+from ..kernels.gated import run_starts
 from ..selection import Selection
 from .base import EXECUTORS, Executor, NeuronRule
 from .bias import add_gate_up_bias
@@ -25,15 +26,9 @@ from .rows import DTYPES, Rows, as_rows, forget, from_rows, rows_of
 @numba.njit(cache=True, nogil=True)
 def _runs(sub_expert: Any, n: int) -> Any:
     """Where runs of equal values begin, and each run's expert and part."""
-    starts = np.empty(len(sub_expert) + 1, np.int64)
-    count = 0
-    for i in range(len(sub_expert)):
-        if i == 0 or sub_expert[i] != sub_expert[i - 1]:
-            starts[count] = i
-            count += 1
-    starts[count] = len(sub_expert)
-    first = sub_expert[starts[:count]]
-    return starts[: count + 1], first // n, first % n
+    starts = run_starts(sub_expert)
+    first = sub_expert[starts[:-1]]
+    return starts, first // n, first % n
 
 
 @dataclass(frozen=True)

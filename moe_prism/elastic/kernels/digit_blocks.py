@@ -12,16 +12,12 @@ from typing import Any
 import numba
 import numpy as np
 
-from .compiled import inner, parallel, serial
+from .compiled import parallel, serial
 from .digit_rows import add_digits, dot_digits
+from .digits import silu
 from .threads import Kernel
 
 Array = Any
-
-
-@inner
-def _silu(gate: Any) -> Any:
-    return gate / (np.float32(1) + np.exp(-gate))
 
 
 def _digit_blocks(
@@ -49,7 +45,7 @@ def _digit_blocks(
                 block[gate : gate + half], block_scales[(gate + half) // 2 : (gate + row_bytes) // 2], v
             )
             u = sixteen * dot_digits(block[up : up + half], block_scales[(up + half) // 2 : (up + row_bytes) // 2], v)
-            active[pair, c] = sixteen * (weight[at[pair]] * _silu(g) * u)
+            active[pair, c] = sixteen * (weight[at[pair]] * silu(g) * u)
     halves = np.zeros((2 * pairs, hidden), np.float32)
     for thread in numba.prange(threads):
         for task in range(thread * 2 * pairs // threads, (thread + 1) * 2 * pairs // threads):

@@ -23,7 +23,8 @@ Array = Any
 
 
 @inner
-def _silu(gate: Any) -> Any:
+def silu(gate: Any) -> Any:
+    """The activation of one gate."""
     return gate / (np.float32(1) + np.exp(-gate))
 
 
@@ -77,7 +78,7 @@ def _digit_neurons(
             row = sub_expert[s] // n * 2 * neurons + sub_expert[s] % n * size + c
             value = np.float32(16) * dot_digits(upper[row], steps[row], tokens[token[s]])
             gate[s, c] = value
-            much = abs(weight[s] * _silu(value)) * scale[sub_expert[s], c]
+            much = abs(weight[s] * silu(value)) * scale[sub_expert[s], c]
             score[s, c] = np.float32(np.inf) if np.isnan(much) else much
     pair, neuron = keep_best(score, token, count, 0.0)
     kept = pair.shape[0]
@@ -88,7 +89,7 @@ def _digit_neurons(
     for thread in numba.prange(threads):
         for i in range(thread * kept // threads, (thread + 1) * kept // threads):
             up[i] = np.float32(16) * dot_digits(upper[up_row[i]], steps[up_row[i]], tokens[owner[i]])
-            much = abs(weight[pair[i]] * _silu(gate[pair[i], neuron[i]]) * up[i]) * norms[down_row[i]]
+            much = abs(weight[pair[i]] * silu(gate[pair[i], neuron[i]]) * up[i]) * norms[down_row[i]]
             second[i] = np.float32(np.inf) if np.isnan(much) else much
     high = _raised(second, owner, raise_count)
     out = np.zeros((threads, x.shape[0], x.shape[1]), np.float32)
@@ -100,7 +101,7 @@ def _digit_neurons(
                 gate_row = up_row[i] - neurons
                 g += dot_digits(lower[gate_row], steps[gate_row], v)
                 u += dot_digits(lower[up_row[i]], steps[up_row[i]], v)
-            active = weight[pair[i]] * _silu(g) * u
+            active = weight[pair[i]] * silu(g) * u
             add_digits(y, np.float32(16) * active, down_upper[row], down_steps[row])
             if high[i]:
                 add_digits(y, active, down_lower[row], down_steps[row])
