@@ -78,15 +78,31 @@ def test_generate_streams_at_a_budget(made) -> None:
 
 def test_a_packed_checkpoint_generates_the_same_within_a_memory_and_a_time(made, tmp_path) -> None:
     packed, prompt = tmp_path / "packed", ("--prompt", "the sea", "--max-new-tokens", 8)
-    assert run("pack", made / "elastic", packed).returncode == 0
+    done = run("pack", made / "elastic", packed, "--shadow-bits", 4)
+    assert "and a copy of each at 4 bits" in done.stdout, done.stderr
     full = run("generate", made / "elastic", *prompt)
     within = run("generate", packed, *prompt, "--memory", "6GB")
     assert within.stdout == full.stdout, within.stderr
     assert "found in memory" in within.stderr
+    stored = run("generate", packed, *prompt, "--memory", "6GB", "--k-stored", 16)
+    assert stored.stdout == full.stdout, stored.stderr  # all of the budget runs as stored
     timed = run("generate", packed, *prompt, "--memory", "6GB", "--tpot-ms", 0.001, "--k-min", 2)
     assert timed.returncode == 0
     assert "mean budget" in timed.stderr
-    planned = run("plan", packed, "--memory", "6GB", "--text", made / "text.txt", "--tokens", 64, "--budgets", "4,16")
+    planned = run(
+        "plan",
+        packed,
+        "--memory",
+        "6GB",
+        "--text",
+        made / "text.txt",
+        "--tokens",
+        64,
+        "--budgets",
+        "4,16",
+        "--k-stored",
+        2,
+    )
     assert planned.returncode == 0, planned.stderr
     assert "64 of 64 blocks fit" in planned.stdout
     assert "not measured" in planned.stdout
@@ -261,6 +277,8 @@ def bad_calls(made: Path, tmp_path: Path) -> dict[str, tuple[tuple[object, ...],
         "budgets": (("sweep", made / "elastic", "--budgets", "4,x"), "4,x"),
         "budget 99": (("sweep", made / "elastic", "--budgets", "99", "--text", made / "text.txt"), "99"),
         "no memory": (("generate", made / "elastic", "--prompt", "a", "--tpot-ms", 5), "needs --memory"),
+        "stored alone": (("generate", made / "elastic", "--prompt", "a", "--k-stored", 2), "needs --memory"),
+        "shadow bits": (("pack", made / "elastic", tmp_path / "p", "--shadow-bits", 3), "0 (no copy) or 4, got 3"),
         "floor alone": (("generate", made / "elastic", "--prompt", "a", "--k-min", 2), "--tpot-ms"),
         "not packed": (("plan", made / "elastic", "--memory", "4GB", "--text", made / "text.txt"), "moe-prism pack"),
         "prompt": (("generate", made / "elastic", "--prompt", ""), "prompt is empty"),
@@ -275,7 +293,7 @@ def bad_calls(made: Path, tmp_path: Path) -> dict[str, tuple[tuple[object, ...],
     "name",
     [
         *("budget", "stock", "no directory", "future", "taken", "divides"),
-        *("no memory", "floor alone", "not packed"),
+        *("no memory", "floor alone", "not packed", "stored alone", "shadow bits"),
         *("recipe", "budgets", "budget 99", "prompt", "demo"),
         *("no cost model", "loads", "floors"),
     ],
