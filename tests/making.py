@@ -19,7 +19,7 @@ WORDS = "the sea was calm and the old captain said nothing while the ship went o
 
 def recipe(**changes: Any) -> Recipe:
     """A recipe of seconds: N = 4, 512 calibration tokens that the model writes itself."""
-    quick = {"calibration_tokens": 512, "context": 32, "solver": "greedy", "gate_options": {}, "gate": "static"}
+    quick = {"calibration_tokens": 512, "context": 32, "solver": "greedy", "gate": "static", "neurons": "all"}
     return Recipe.of(quick | changes)
 
 

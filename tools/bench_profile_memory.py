@@ -65,7 +65,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     layers = find_expert_layers(model)
-    recipe = Recipe(calibration_tokens=args.tokens, gate="static")
+    recipe = Recipe(calibration_tokens=args.tokens, solver="balanced", gate="static", neurons="all")
     solver, gate = check_recipe(recipe, layers)
     before = peak_bytes()
     started = time.monotonic()

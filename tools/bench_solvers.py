@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_prism.errors import PrismError
-from moe_prism.refactor.solvers import DEFAULT_SOLVER, SOLVERS, Solver, relative_dropped_mass
+from moe_prism.refactor.solvers import BEST_SOLVER, SOLVERS, Solver, relative_dropped_mass
 from moe_prism.refactor.solvers.balanced import finalists_of
 
 SYNTHETIC = {"olmoe-1b-7b": (2000, 1024)}
@@ -195,7 +195,7 @@ def markdown(results: dict[str, Any]) -> str:
             f"(median), N = {setup['num_sub_experts']}, switched off: {setup['switched_off'] or 'mean over all K'}, "
             f"seed {setup['seed']}. {machine['cpu']}, {machine['cores']} cores, "
             + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-            + f". The default is `{DEFAULT_SOLVER}`; equal time means {result['solvers'][EQUAL_TIME]['options']}.",
+            + f". Ours is `{BEST_SOLVER}`; equal time means {result['solvers'][EQUAL_TIME]['options']}.",
             "",
             f"Made by `{setup['command']}`",
             "",

@@ -45,16 +45,16 @@ from moe_prism.experts import find_expert_layers
 from moe_prism.refactor import load_stock
 
 SHARES = (0.75, 0.5, 0.25)
-_PAPER = {"solver": "annealing", "impact": "activation"}
-_STATIC = {"solver": "importance", "gate": "static"}
-_PROBE = {"solver": "importance", "gate": "probe"}
+_PAPER = {"solver": "annealing", "impact": "activation", "neurons": "all"}
+_STATIC = {"solver": "importance", "gate": "static", "neurons": "all"}
+_PROBE = {"solver": "importance", "gate": "probe", "neurons": "all"}
 _NEURONS = {"neurons": "gate-first"}
 _BEST = _STATIC | _NEURONS | {"compensation_budgets": 8}
 _FINETUNE = {"objective": "distillation", "steps": 150, "batch": 4, "learning_rate": 0.05}
 METHODS: dict[str, dict[str, Any]] = {
     "paper: proxy": _PAPER | {"gate": "proxy", "gate_options": {"weighted": False}},
     "paper: linear": _PAPER | {"gate": "linear"},
-    "balanced, weighted proxy": {"solver": "balanced", "gate": "proxy"},
+    "balanced, weighted proxy": {"solver": "balanced", "gate": "proxy", "neurons": "all"},
     "static": _STATIC,
     "static, compensated": _STATIC | {"compensation_budgets": 8},
     "gate-first": _STATIC | _NEURONS,

@@ -13,13 +13,15 @@ from .executors.choice import large_products_are_fast
 from .executors.rows import as_rows, forget, from_rows, matrix_of
 from .kernels import multiply_all
 
-# Most tokens for which the kernel is used: in fp32 (`make bench-crossovers`: 1.1 to 1.4 times faster at 32, level at
-# 64), and in bfloat16 on a CPU that has products of it (a cautious guess: none was at hand).
-FEW = {torch.float32: 32, torch.bfloat16: 4}
-# Where the CPU has no fast bfloat16 product, the kernel is five times faster as far as was measured.
+# Most tokens for which the kernel is used, and the fewest weights (`make bench-crossovers`). In fp32 it is 1.1 to 1.4
+# times faster at 32 tokens and level at 64, and torch's product of what lies in the caches is faster. In bfloat16 on a
+# CPU that multiplies it fast the kernel wins at one token only, where weights come from memory.
+FEW = {torch.float32: 32, torch.bfloat16: 1}
+SMALLEST = {torch.float32: 1 << 20, torch.bfloat16: 1 << 22}
+# Where the CPU has no fast bfloat16 product, the kernel is five times faster as far as was measured; still smaller
+# layers cost less than starting the threads.
 FEW_EMULATED = 512
-# Smaller layers cost less than starting the threads; in fp32 torch's product of what lies in the caches is faster, too.
-SMALLEST = {torch.float32: 1 << 20, torch.bfloat16: 1 << 16}
+SMALLEST_EMULATED = 1 << 16
 
 
 class FastLinear(nn.Linear):
@@ -41,13 +43,14 @@ class FastLinear(nn.Linear):
 
 
 def _suits(weight: Tensor, x: Tensor, tokens: int) -> bool:
-    few = FEW.get(weight.dtype, 0) if large_products_are_fast(weight.dtype) else FEW_EMULATED
+    if weight.dtype not in FEW:
+        return False
+    fast = large_products_are_fast(weight.dtype)
     return (
-        0 < tokens <= few
+        0 < tokens <= (FEW[weight.dtype] if fast else FEW_EMULATED)
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype
-        and weight.dtype in SMALLEST
-        and weight.numel() >= SMALLEST[weight.dtype]
+        and weight.numel() >= (SMALLEST[weight.dtype] if fast else SMALLEST_EMULATED)
         and weight.is_contiguous()
         and not (torch.is_grad_enabled() and x.requires_grad)
     )

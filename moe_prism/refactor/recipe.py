@@ -21,9 +21,9 @@ class Recipe(BaseModel):
     Example::
 
         num_sub_experts: 4
-        solver: balanced
-        gate: proxy
-        gate_options: {gate_neurons: 4}
+        solver: importance
+        gate: static
+        neurons: auto
         calibration_tokens: 20000
     """
 
@@ -33,7 +33,7 @@ class Recipe(BaseModel):
         4, ge=1, description="N, sub-experts of one expert; it must divide the neurons of an expert. The paper uses 4."
     )
     solver: str = Field(
-        "balanced", description="How neurons are partitioned: balanced, annealing, greedy, importance, contiguous."
+        "importance", description="How neurons are partitioned: balanced, annealing, greedy, importance, contiguous."
     )
     solver_options: dict[str, Any] = Field(default_factory=dict, description="Options of that solver.")
     switched_off: int | None = Field(
@@ -47,14 +47,14 @@ class Recipe(BaseModel):
         description="A neuron's impact on a token: activation = |activation| as in the paper; output = routing weight "
         "x |activation| x norm of the neuron's down weights, which bounds what its absence changes.",
     )
-    gate: str = Field("proxy", description="What scores sub-experts at run time: proxy, linear, static, probe.")
+    gate: str = Field("static", description="What scores sub-experts at run time: static, proxy, linear, probe.")
     gate_options: dict[str, Any] = Field(default_factory=dict, description="Options of that gate.")
     neurons: Literal["auto", "gate-first", "all"] = Field(
-        "all",
+        "auto",
         description="all = a budget runs whole sub-experts; gate-first = it reads the gate rows of more of them and "
         "runs only the neurons whose gates make them matter, at the same cost; how many are looked at is measured per "
-        "budget. auto = gate-first where every expert is silu(gate) * up without biases and the gate computes no "
-        "neurons, else all.",
+        "budget. auto = gate-first where every expert is silu(gate) * up without biases, gate is static and fold is "
+        "false, else all.",
     )
     shadow_bits: Literal[0, 4] = Field(
         0,
@@ -81,7 +81,7 @@ class Recipe(BaseModel):
     fold: bool = Field(
         False,
         description="true: the weight of an expert of which only some sub-experts run is scaled, by ridge regression, "
-        "so that they stand for all of it (needs neurons: all).",
+        "so that they stand for all of it (not with neurons: gate-first).",
     )
     token_budgets: Literal["equal", "shared"] = Field(
         "equal",
@@ -130,8 +130,8 @@ class Recipe(BaseModel):
             raise ValueError("recalibration: renormalise fits nothing; set compensation_budgets: 0")
         if self.shadow_bits and self.neurons != "gate-first":
             raise ValueError(f"shadow_bits: {self.shadow_bits} needs neurons: gate-first, got {self.neurons}")
-        if self.fold and self.neurons != "all":
-            raise ValueError(f"fold: true scales whole sub-experts and needs neurons: all, got {self.neurons}")
+        if self.fold and self.neurons == "gate-first":
+            raise ValueError("fold: true scales whole sub-experts; set neurons: all")
         if self.fold and self.finetune is not None:
             raise ValueError("finetune trains without folding; set fold: false")
         return self

@@ -48,9 +48,11 @@ def skips_neurons(recipe: Recipe, layers: list[ExpertLayer], gate: Gate) -> bool
         reason = "the model's experts are not silu(gate) * up without biases"
     elif recipe.shadow_bits and layers[0].hidden_size % GROUP:
         reason = f"shadow_bits needs a hidden size that is a multiple of {GROUP}, got {layers[0].hidden_size}"
+    if recipe.neurons == "auto":
+        return reason is None and recipe.gate == "static" and not recipe.fold
     if recipe.neurons == "gate-first" and reason is not None:
         raise PrismError(f"neurons: gate-first is impossible here: {reason}; or set neurons: all")
-    return recipe.neurons != "all" and reason is None
+    return recipe.neurons == "gate-first"
 
 
 def tune(

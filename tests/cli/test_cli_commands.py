@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from moe_prism.evaluation.kept import Kept
 
 COMMANDS = ("refactor", "sweep", "generate", "inspect", "restore", "pack", "plan", "demo", "simulate", "profile-cost")
-SMALL = "num_sub_experts: 4\nsolver: greedy\ngate: static\ncalibration_tokens: 512\ncontext: 32\n"
+SMALL = "num_sub_experts: 4\nsolver: greedy\ngate: static\nneurons: all\ncalibration_tokens: 512\ncontext: 32\n"
 
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:

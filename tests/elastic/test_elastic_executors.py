@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 from torch import nn
 
-from moe_prism.elastic.executors import EXECUTORS, choose_executor
-from moe_prism.elastic.executors.choice import MASKED_FROM, MASKED_LARGE_NEURONS_FROM
+from moe_prism.elastic.executors import EXECUTORS, choice, choose_executor
+from moe_prism.elastic.executors.choice import MASKED_BF16_FROM, MASKED_FROM, MASKED_LARGE_NEURONS_FROM
 from moe_prism.elastic.selection import Selection, gather_selection
 from moe_prism.errors import PrismError
 from moe_prism.experts import find_expert_layers
@@ -205,18 +205,24 @@ def test_packing_moves_nothing_but_memory() -> None:
         assert packed_rows(module.to(torch.bfloat16)) is not None  # a cast keeps it packed
 
 
-def test_executors_are_chosen_and_refused_clearly() -> None:
+@pytest.mark.parametrize("avx512", [False, True])
+def test_executors_are_chosen_by_what_they_run(avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "has_avx512", lambda: avx512)
+    large = layer_of("olmoe", 256, 512)  # its experts do not stay in a cache
+    for dtype, crossovers in ((torch.float32, MASKED_FROM), (torch.bfloat16, MASKED_BF16_FROM)):
+        module, x = _cached_layer("olmoe", dtype), torch.randn(2, 32, dtype=dtype)
+        assert type(choose_executor("auto", module, x, 4)).__name__ == "CpuExecutor"
+        after = "MaskedExecutor" if dtype == torch.float32 or avx512 else "CpuExecutor"
+        cases = [(module, x, what, most) for what, most in crossovers.items()]
+        cases.append((large.to(dtype), torch.randn(2, 512, dtype=dtype), "neurons", MASKED_LARGE_NEURONS_FROM[avx512]))
+        for layer, tokens, what, most in cases:
+            for runs, name in ((most * layer.num_experts - 1, "CpuExecutor"), (most * layer.num_experts, after)):
+                assert type(choose_executor("auto", layer, tokens, runs, what)).__name__ == name
+
+
+def test_executors_are_refused_clearly() -> None:
     module = _cached_layer("olmoe", torch.float32)
     x = torch.randn(2, 32)
-    assert type(choose_executor("auto", module, x, 4)).__name__ == "CpuExecutor"
-    for what, most in MASKED_FROM.items():
-        many = most * module.num_experts
-        assert type(choose_executor("auto", module, x, many - 1, what)).__name__ == "CpuExecutor"
-        assert type(choose_executor("auto", module, x, many, what)).__name__ == "MaskedExecutor"
-    large = layer_of("olmoe", 256, 512)  # its experts do not stay in a cache
-    many = MASKED_LARGE_NEURONS_FROM * large.num_experts
-    for runs, name in ((many - 1, "CpuExecutor"), (many, "MaskedExecutor")):
-        assert type(choose_executor("auto", large, torch.randn(2, 512), runs, "neurons")).__name__ == name
     with pytest.raises(PrismError, match=r"'cpu' cannot run this layer: .*no_grad"):
         choose_executor("cpu", module, x.requires_grad_(), 4)
     assert type(choose_executor("auto", module, x, 4)).__name__ == "ReferenceExecutor"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from making import elastic_model, logits
 from tiny import tiny_model, tokens
 
 import moe_prism
+from moe_prism import Recipe
 from moe_prism.elastic import budget, dial_of, set_budget
 from moe_prism.elastic.budgets import elastic_layers
 from moe_prism.elastic.compensation import Compensation, OutputScale, Renormalisation, interpolation, recalibration
@@ -184,5 +186,21 @@ def test_what_cannot_skip_neurons_is_refused(tmp_path: Path) -> None:
         elastic_model("gpt_oss", tmp_path, **GATE_FIRST)
     with pytest.raises(PrismError, match="gate 'proxy' computes neurons"):
         elastic_model("olmoe", tmp_path, **GATE_FIRST | {"gate": "proxy"})
-    auto = elastic_model("gpt_oss", tmp_path, neurons="auto")
-    assert dial_of(auto).plan is None
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "skips"),
+    [
+        ("olmoe", {}, True),
+        ("gpt_oss", {}, False),
+        ("olmoe", {"gate": "linear"}, False),
+        ("olmoe", {"gate": "proxy"}, False),
+        ("olmoe", {"fold": True}, False),
+    ],
+)
+def test_by_default_neurons_are_skipped_where_they_can_be(
+    family: str, changes: dict[str, Any], skips: bool, tmp_path: Path
+) -> None:
+    default = Recipe().model_dump(include={"solver", "gate", "neurons"})
+    model = elastic_model(family, tmp_path, **default | changes)
+    assert (dial_of(model).plan is not None) == skips

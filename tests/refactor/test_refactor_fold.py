@@ -94,7 +94,7 @@ def test_a_missing_factor_and_what_cannot_be_folded_are_refused(tmp_path) -> Non
     save_file({name: value for name, value in load_file(file).items() if not name.endswith(".fold")}, file)
     with pytest.raises(CheckpointError, match=r"no tensor .*\.fold"):
         load_elastic(tmp_path / "out", verify=False)
-    with pytest.raises(PrismError, match="needs neurons: all"):
+    with pytest.raises(PrismError, match="set neurons: all"):
         Recipe.of({"fold": True, "neurons": "gate-first"})
     with pytest.raises(PrismError, match="set fold: false"):
         Recipe.of({"fold": True, "finetune": {"steps": 5}})

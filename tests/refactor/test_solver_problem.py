@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_prism.errors import PrismError
-from moe_prism.refactor.solvers import DEFAULT_SOLVER, SOLVERS, dropped_mass, relative_dropped_mass
+from moe_prism.refactor.solvers import BEST_SOLVER, SOLVERS, dropped_mass, relative_dropped_mass
 
 IMPACT = np.random.default_rng(0).random((7, 12), dtype=np.float32)
 
 
-def test_the_default_is_registered_beside_the_papers_and_the_baselines() -> None:
-    assert DEFAULT_SOLVER == "balanced"
+def test_ours_is_registered_beside_the_papers_and_the_baselines() -> None:
+    assert BEST_SOLVER == "balanced"
     assert {"annealing", "balanced", "contiguous", "greedy", "importance"} <= set(SOLVERS)
 
 

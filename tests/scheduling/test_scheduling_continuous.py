@@ -185,6 +185,9 @@ def test_a_late_request_that_needs_much_memory_is_not_overtaken_when_it_is_its_t
     assert policy.plan(State(waiting, running, limits, 0), 5.0).admit == ("small",)
     assert policy.plan(State(waiting, running, limits, 0), 55.0).admit == ()
     assert policy.plan(State(waiting, running, limits, 1), 55.0).admit == ("small",)
+    # on another's turn it is overtaken by that one, not by all that fit
+    waiting.append(request("smaller", arrival=50.0, prompt_tokens=5))
+    assert len(policy.plan(State(waiting, running, limits, 1), 55.0).admit) == 1
 
 
 @given(st.data())

@@ -7,7 +7,7 @@ Example::
 """
 
 from . import annealing, balanced, contiguous, greedy, importance  # noqa: F401 (importing registers)
-from .base import DEFAULT_SOLVER, SOLVERS, Solver
+from .base import BEST_SOLVER, SOLVERS, Solver
 from .objective import dropped_mass, relative_dropped_mass
 
-__all__ = ["DEFAULT_SOLVER", "SOLVERS", "Solver", "dropped_mass", "relative_dropped_mass"]
+__all__ = ["BEST_SOLVER", "SOLVERS", "Solver", "dropped_mass", "relative_dropped_mass"]

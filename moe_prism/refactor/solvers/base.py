@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ...registry import Registry
 from .objective import check_problem
 
-DEFAULT_SOLVER = "balanced"
+BEST_SOLVER = "balanced"  # at the objective; which partition loses least of a model is another question
 
 
 class Solver(ABC):

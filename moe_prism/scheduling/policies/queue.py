@@ -39,7 +39,8 @@ def in_turn(regular: Order, arrival: Floats, late: Marks, admitted: int) -> Orde
 def those_with_room(order: Order, waiting: Columns, late: Marks, state: State) -> Order:
     """Those for whom there are places and memory, in order.
 
-    Who needs more memory than is left is overtaken by others, unless it is late and first.
+    Who needs more memory than is left is overtaken by others, unless it is late: its rank is the bound on who starts
+    before it.
     """
     places, left = max(0, state.limits.max_running - len(state.running)), memory_left(state)
     size = waiting.prompt_tokens + waiting.max_tokens
@@ -47,7 +48,7 @@ def those_with_room(order: Order, waiting: Columns, late: Marks, state: State) -
     if size[fitting].sum() > left:
         chosen: list[int] = []
         for i in order.tolist():
-            if len(chosen) >= places or (size[i] > left and late[i] and not chosen):
+            if len(chosen) >= places or (size[i] > left and late[i]):
                 break
             if size[i] <= left:
                 chosen.append(i)
