@@ -190,6 +190,14 @@ def test_a_late_request_that_needs_much_memory_is_not_overtaken_when_it_is_its_t
     assert len(policy.plan(State(waiting, running, limits, 1), 55.0).admit) == 1
 
 
+@pytest.mark.parametrize(("work", "kept"), [(0.0, True), (1e-3, False)])
+def test_a_crowd_takes_a_prompts_budget_only_where_that_saves_time(work: float, kept: bool) -> None:
+    cost = cost_model(prefill_work=work)
+    waiting = [request(f"r{i}", k_min=1, k_active=FULL, prompt_tokens=64) for i in range(40)]
+    plan = Continuous(cost, ttft_ms=1e6).plan(State(waiting, [], LIMITS), 0.0)
+    assert {plan.budgets[name] == FULL for name in plan.prefill} == {kept}
+
+
 @given(st.data())
 def test_those_who_are_late_take_turns(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 10))

@@ -87,7 +87,7 @@ class Continuous(Policy):
         names = [r.request.id for r in begun] + [state.waiting[i].id for i in fitting.tolist()]
         line = self._line(names, np.concatenate([everyone[~decodes], waiting[fitting]]), begun, decoding, full, now)
         wanted, in_time = demand(state, Columns(*waiting.T)), line.largest(1.0)
-        for_prompts = min(in_time, uncrowded(wanted, 1.0, state))
+        for_prompts = line.as_good(min(in_time, uncrowded(wanted, 1.0, state)))
         excess, cap = self._for_decoding(line, in_time, decoding, wanted, state)
         pieces = self._pieces(line, decoding, for_prompts, excess, state.limits.max_prefill)
         prefill = {name: tokens for name, tokens in zip(names, pieces, strict=True) if tokens}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..cost_model import CostModel, Floats, Ints
-from .excess import largest
+from .excess import as_good, largest
 
 
 class Line(NamedTuple):
@@ -37,6 +37,10 @@ class Line(NamedTuple):
         if not self.names:
             return len(self.budgets) - 1
         return largest((self.times <= ease * self.due).all(axis=1), self.times[:, -1])
+
+    def as_good(self, excess: int) -> int:
+        """The largest excess at which all of it takes hardly longer."""
+        return as_good(excess, self.times[:, -1]) if self.names else excess
 
     def pieces(
         self, cost: CostModel, excess: int, room: float, least: float, piece: int, most: int | None
