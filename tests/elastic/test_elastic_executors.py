@@ -13,7 +13,7 @@ from tiny import tiny_model
 from torch import nn
 
 from moe_prism.elastic.executors import EXECUTORS, choice, choose_executor
-from moe_prism.elastic.executors.choice import MASKED_BF16_FROM, MASKED_FROM, MASKED_LARGE_NEURONS_FROM
+from moe_prism.elastic.executors.choice import MASKED_FROM, MASKED_LARGE_BF16_FROM, MASKED_LARGE_NEURONS_FROM
 from moe_prism.elastic.selection import Selection, gather_selection
 from moe_prism.errors import PrismError
 from moe_prism.experts import find_expert_layers
@@ -208,16 +208,16 @@ def test_packing_moves_nothing_but_memory() -> None:
 @pytest.mark.parametrize("avx512", [False, True])
 def test_executors_are_chosen_by_what_they_run(avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "has_avx512", lambda: avx512)
-    large = layer_of("olmoe", 256, 512)  # its experts do not stay in a cache
-    for dtype, crossovers in ((torch.float32, MASKED_FROM), (torch.bfloat16, MASKED_BF16_FROM)):
-        module, x = _cached_layer("olmoe", dtype), torch.randn(2, 32, dtype=dtype)
-        assert type(choose_executor("auto", module, x, 4)).__name__ == "CpuExecutor"
+    large = {**MASKED_FROM, "neurons": MASKED_LARGE_NEURONS_FROM[avx512]}
+    for dtype, of_large in ((torch.float32, large), (torch.bfloat16, MASKED_LARGE_BF16_FROM)):
         after = "MaskedExecutor" if dtype == torch.float32 or avx512 else "CpuExecutor"
-        cases = [(module, x, what, most) for what, most in crossovers.items()]
-        cases.append((large.to(dtype), torch.randn(2, 512, dtype=dtype), "neurons", MASKED_LARGE_NEURONS_FROM[avx512]))
-        for layer, tokens, what, most in cases:
-            for runs, name in ((most * layer.num_experts - 1, "CpuExecutor"), (most * layer.num_experts, after)):
-                assert type(choose_executor("auto", layer, tokens, runs, what)).__name__ == name
+        # experts of the second layer do not stay in a core's cache
+        for neurons, hidden, crossovers in ((16, 32, MASKED_FROM), (512, 512, of_large)):
+            layer, tokens = layer_of("olmoe", neurons, hidden, dtype=dtype), torch.randn(2, hidden, dtype=dtype)
+            assert type(choose_executor("auto", layer, tokens, 4)).__name__ == "CpuExecutor"
+            for what, most in crossovers.items():
+                for runs, name in ((most * layer.num_experts - 1, "CpuExecutor"), (most * layer.num_experts, after)):
+                    assert type(choose_executor("auto", layer, tokens, runs, what)).__name__ == name
 
 
 def test_executors_are_refused_clearly() -> None:
