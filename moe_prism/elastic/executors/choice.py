@@ -22,7 +22,7 @@ What = Literal["experts", "parts", "neurons"]  # runs: whole experts, parts of t
 # work in proportion to the selection on a CPU. Of parts of experts the latter is 1.3 times faster at 128 and level at
 # 192 to 256.
 MASKED_FROM: dict[What, int] = {"experts": 128, "parts": 256, "neurons": 64}
-# The same for experts that do not fit into a core's cache, where other numbers hold. In bfloat16, large products take half
+# The same for experts that do not fit into a core's cache. In bfloat16, large products take half
 # the time of fp32 ones, ours the same. Where neurons are skipped every token has rows of its own, which are read anew
 # for each; the second number is for AVX-512.
 MASKED_LARGE_BF16_FROM: dict[What, int] = {"experts": 32, "parts": 128, "neurons": 32}
