@@ -13,7 +13,7 @@ from tiny import tiny_model
 from torch import nn
 
 from moe_prism.elastic.executors import EXECUTORS, choice, choose_executor
-from moe_prism.elastic.executors.choice import MASKED_FROM, MASKED_LARGE_BF16_FROM, MASKED_LARGE_NEURONS_FROM
+from moe_prism.elastic.executors.choice import MASKED_FROM, MASKED_LARGE_NEURONS_FROM
 from moe_prism.elastic.selection import Selection, gather_selection
 from moe_prism.errors import PrismError
 from moe_prism.experts import find_expert_layers
@@ -209,10 +209,10 @@ def test_packing_moves_nothing_but_memory() -> None:
 def test_executors_are_chosen_by_what_they_run(avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "has_avx512", lambda: avx512)
     large = {**MASKED_FROM, "neurons": MASKED_LARGE_NEURONS_FROM[avx512]}
-    for dtype, of_large in ((torch.float32, large), (torch.bfloat16, MASKED_LARGE_BF16_FROM)):
+    for dtype in (torch.float32, torch.bfloat16):
         after = "MaskedExecutor" if dtype == torch.float32 or avx512 else "CpuExecutor"
         # experts of the second layer do not stay in a core's cache
-        for neurons, hidden, crossovers in ((16, 32, MASKED_FROM), (512, 512, of_large)):
+        for neurons, hidden, crossovers in ((16, 32, MASKED_FROM), (512, 512, large)):
             layer, tokens = layer_of("olmoe", neurons, hidden, dtype=dtype), torch.randn(2, hidden, dtype=dtype)
             assert type(choose_executor("auto", layer, tokens, 4)).__name__ == "CpuExecutor"
             for what, most in crossovers.items():

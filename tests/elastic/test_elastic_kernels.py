@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_prism.elastic.kernels import gated_blocks
+from moe_prism.elastic.kernels import gated_blocks, gated_pairs
 from moe_prism.elastic.kernels.compiled import narrow
+from moe_prism.elastic.kernels.dots import has_products_of_pairs
 from moe_prism.elastic.kernels.neurons import keep_best
 from moe_prism.elastic.kernels.streams import add_4_rows, dot_4_rows
 
@@ -137,3 +138,51 @@ def test_the_best_are_kept_and_the_first_among_equals(kind, threshold):
             else:
                 expected += [at for at in mine if score[at] > threshold]
         assert list(zip(*map(list, keep_best(score, token, count, threshold)), strict=True)) == expected
+
+
+@pytest.mark.skipif(not has_products_of_pairs(), reason="this CPU has no products of bfloat16 pairs (AVX512-BF16)")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("hidden", "size"), [(64, 4), (128, 12), (192, 64), (64, 68), (128, 132)])
+def test_products_of_pairs_are_the_weighted_sum_of_sub_experts(hidden, size, threads):
+    rng = np.random.default_rng(hidden + size)
+    n, experts, tokens = 2, 5, 11
+    gate_up, up_values = bits(rng.normal(size=(experts * 2 * n * size, hidden)) / hidden**0.5)
+    down, down_values = bits(rng.normal(size=(experts * n * size, hidden)) / size**0.5)
+    x, x_values = bits(rng.normal(size=(tokens, hidden)))
+    counts = [0, 1, 2, 3, 4, 5, 8, 11, 0, 7]  # tokens of every sub-expert
+    sub_expert = np.repeat(np.arange(n * experts), counts)
+    token = np.concatenate([np.sort(rng.choice(tokens, count, replace=False)) for count in counts])
+    weight = rng.random(len(token)).astype(np.float32)
+    expected = np.zeros((tokens, hidden))
+    for s, t, w in zip(sub_expert, token, weight, strict=True):
+        of_gate = s // n * 2 * n * size + s % n * size
+        gate = up_values[of_gate : of_gate + size] @ x_values[t]
+        up = up_values[of_gate + n * size : of_gate + n * size + size] @ x_values[t]
+        expected[t] += w * (gate / (1 + np.exp(-gate)) * up) @ down_values[s * size : (s + 1) * size]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = gated_pairs.gated_pairs(gate_up, down, x, token, sub_expert, weight, n * size, n)
+    finally:
+        torch.set_num_threads(before)
+    found = torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).double().numpy()
+    assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
+
+
+@pytest.mark.skipif(not has_products_of_pairs(), reason="this CPU has no products of bfloat16 pairs (AVX512-BF16)")
+def test_products_of_pairs_let_nan_and_infinity_through_to_their_token_only():
+    rng = np.random.default_rng(0)
+    gate_up, _ = bits(rng.normal(size=(2 * 8, 64)))
+    down, _ = bits(rng.normal(size=(8, 64)))
+    values = rng.normal(size=(5, 64))
+    values[1, 3], values[3, 60] = np.nan, np.inf
+    x, _ = bits(values)
+    out = gated_pairs.gated_pairs(gate_up, down, x, np.arange(5), np.zeros(5, np.int64), np.ones(5, np.float32), 8, 1)
+    finite = torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).isfinite().all(dim=1)
+    assert finite.tolist() == [True, False, True, False, True]
+
+
+def bits(values):
+    """Values rounded to bfloat16, as a kernel takes them and as what they are."""
+    rounded = torch.from_numpy(values).bfloat16().contiguous()
+    return rounded.view(torch.int16).numpy().view(np.uint16), rounded.double().numpy()

@@ -22,10 +22,8 @@ What = Literal["experts", "parts", "neurons"]  # runs: whole experts, parts of t
 # work in proportion to the selection on a CPU. Of parts of experts the latter is 1.3 times faster at 128 and level at
 # 192 to 256.
 MASKED_FROM: dict[What, int] = {"experts": 128, "parts": 256, "neurons": 64}
-# The same for experts that do not fit into a core's cache. In bfloat16, large products take half
-# the time of fp32 ones, ours the same. Where neurons are skipped every token has rows of its own, which are read anew
-# for each; the second number is for AVX-512.
-MASKED_LARGE_BF16_FROM: dict[What, int] = {"experts": 32, "parts": 128, "neurons": 32}
+# The same where neurons are skipped and experts do not fit into a core's cache: every token has rows of its own then,
+# which are read anew for each. The second number is for AVX-512.
 MASKED_LARGE_NEURONS_FROM = (8, 32)
 CACHE_BYTES = 1 << 20
 
@@ -62,11 +60,8 @@ def _preferred(module: nn.Module, x: Tensor, runs: float, what: What) -> tuple[s
     if x.device.type != "cpu":
         return ("grouped",)
     enough = MASKED_FROM[what]
-    if 3 * num_neurons(module) * x.shape[1] * x.element_size() > CACHE_BYTES:
-        if x.dtype == torch.bfloat16:
-            enough = MASKED_LARGE_BF16_FROM[what]
-        elif what == "neurons":
-            enough = MASKED_LARGE_NEURONS_FROM[has_avx512()]
+    if what == "neurons" and 3 * num_neurons(module) * x.shape[1] * x.element_size() > CACHE_BYTES:
+        enough = MASKED_LARGE_NEURONS_FROM[has_avx512()]
     many = runs >= enough * num_experts(module)
     return ("masked",) if many and large_products_are_fast(x.dtype) else ("cpu",)
 

@@ -1,0 +1,154 @@
+"""Products of bfloat16 pairs, on CPUs that have an instruction for them (AVX512-BF16).
+
+One ``vdpbf16ps`` multiplies 32 pairs and adds them, two by two, to sixteen fp32 sums: twice the arithmetic of an fp32
+one, on weights as they are stored. Two tiles, four tokens each, whose sums stay in registers. Addresses are plain
+integers: who calls keeps the arrays alive and in bounds. Knows nothing of experts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic
+
+LANES = 16  # fp32 numbers in a register
+TILE = 4
+COLUMNS = TILE * LANES  # of a tile of sums
+
+_WORD, _BYTE, _LONG = ir.IntType(32), ir.IntType(8), ir.IntType(64)
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]
+    """A type that LLVM has and llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+_BFLOATS = ir.VectorType(_BFloat(), 2 * LANES)
+_PAIRS, _SUMS = ir.VectorType(_WORD, LANES), ir.VectorType(ir.FloatType(), LANES)
+
+
+_FOUR: Any = types.Tuple((types.int64,) * TILE)  # type: ignore[no-untyped-call]
+_SIGNATURE: Any = types.void(types.int64, types.int64, _FOUR, _FOUR, types.int64)
+
+
+def has_products_of_pairs() -> bool:
+    """Whether this CPU has the instruction."""
+    return bool(binding.get_host_cpu_features().get("avx512bf16", False))
+
+
+def _load(builder: Any, address: Any, kind: Any) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=2)
+
+
+def _accumulate(builder: Any, sums: Any, a: Any, b: Any) -> Any:
+    signature = ir.FunctionType(_SUMS, [_SUMS, _BFLOATS, _BFLOATS])
+    product = builder.module.declare_intrinsic("llvm.x86.avx512bf16.dpbf16ps.512", (), signature)
+    return builder.call(product, [sums, builder.bitcast(a, _BFLOATS), builder.bitcast(b, _BFLOATS)])
+
+
+def _loop(builder: Any, turns: Any, body: Any) -> list[Any]:
+    """Sixteen sums after ``turns`` turns, at least one, of ``body(turn, sums) -> sums``."""
+    before = builder.block
+    inside, after = builder.append_basic_block("turn"), builder.append_basic_block("done")
+    builder.branch(inside)
+    builder.position_at_end(inside)
+    turn = builder.phi(_LONG)
+    sums = [builder.phi(_SUMS) for _ in range(TILE * TILE)]
+    found: list[Any] = body(turn, sums)
+    following = builder.add(turn, ir.Constant(_LONG, 1))
+    turn.add_incoming(ir.Constant(_LONG, 0), before)
+    turn.add_incoming(following, builder.block)
+    for phi, value in zip(sums, found, strict=True):
+        phi.add_incoming(ir.Constant(_SUMS, [0.0] * LANES), before)
+        phi.add_incoming(value, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, turns), inside, after)
+    builder.position_at_end(after)
+    return found
+
+
+def _dot_tile(_context: Any, rows: Any, stride: Any, tokens: Any, outs: Any, count: Any) -> Any:
+    """Four rows times four tokens; see ``dot_tile``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        first, step, tokens_, outs_, hidden = arguments
+        token = [builder.extract_value(tokens_, i) for i in range(TILE)]
+        out = [builder.extract_value(outs_, i) for i in range(TILE)]
+        row = [builder.add(first, builder.mul(step, ir.Constant(_LONG, i))) for i in range(TILE)]
+
+        def body(turn: Any, sums: list[Any]) -> list[Any]:
+            offset = builder.mul(turn, ir.Constant(_LONG, 4 * LANES))
+            weights = [_load(builder, builder.add(r, offset), _PAIRS) for r in row]
+            values = [_load(builder, builder.add(t, offset), _PAIRS) for t in token]
+            both = itertools.product(values, weights)
+            return [_accumulate(builder, total, w, v) for total, (v, w) in zip(sums, both, strict=True)]
+
+        sums = _loop(builder, builder.sdiv(hidden, ir.Constant(_LONG, 2 * LANES)), body)
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _SUMS])
+        add = builder.module.declare_intrinsic("llvm.vector.reduce.fadd.v16f32", (), kind)
+        for t in range(TILE):
+            for r in range(TILE):
+                total = builder.call(add, [ir.Constant(ir.FloatType(), 0.0), sums[t * TILE + r]], fastmath=("reassoc",))
+                at = builder.add(out[t], ir.Constant(_LONG, 4 * r))
+                builder.store(total, builder.inttoptr(at, ir.FloatType().as_pointer()))
+        return context.get_dummy_value()
+
+    return _SIGNATURE, generate
+
+
+def _sum_tile(_context: Any, rows: Any, stride: Any, weights: Any, outs: Any, count: Any) -> Any:
+    """Weighted sums of row pairs for four tokens; see ``sum_tile``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        first, step, weights_, outs_, pairs = arguments
+        weight = [builder.extract_value(weights_, i) for i in range(TILE)]
+        out = [builder.extract_value(outs_, i) for i in range(TILE)]
+
+        def body(turn: Any, sums: list[Any]) -> list[Any]:
+            row = builder.add(first, builder.mul(step, turn))
+            at = builder.mul(turn, ir.Constant(_LONG, 4))
+            columns = [_load(builder, builder.add(row, ir.Constant(_LONG, 4 * LANES * j)), _PAIRS) for j in range(TILE)]
+            found = list(sums)
+            for t in range(TILE):
+                one = _load(builder, builder.add(weight[t], at), _WORD)
+                vector = builder.insert_element(ir.Constant(_PAIRS, ir.Undefined), one, ir.Constant(_WORD, 0))
+                mask = ir.Constant(ir.VectorType(_WORD, LANES), [0] * LANES)
+                spread = builder.shuffle_vector(vector, ir.Constant(_PAIRS, ir.Undefined), mask)
+                for j in range(TILE):
+                    found[t * TILE + j] = _accumulate(builder, sums[t * TILE + j], columns[j], spread)
+            return found
+
+        sums = _loop(builder, pairs, body)
+        for t in range(TILE):
+            for j in range(TILE):
+                at = builder.add(out[t], ir.Constant(_LONG, 4 * LANES * j))
+                place = builder.inttoptr(at, _SUMS.as_pointer())
+                builder.store(builder.fadd(builder.load(place, align=4), sums[t * TILE + j]), place, align=4)
+        return context.get_dummy_value()
+
+    return _SIGNATURE, generate
+
+
+dot_tile: Any = intrinsic(_dot_tile)
+"""Four consecutive rows times four tokens.
+
+Called with: address of the first row of bfloat16, bytes between rows, addresses of four tokens of bfloat16, addresses
+of four fp32 runs of four, which are written, and the length of rows and tokens, a multiple of 32.
+"""
+sum_tile: Any = intrinsic(_sum_tile)
+"""Weighted sums of row pairs, added to 64 columns of four tokens.
+
+Called with: address of the first pair (in every 32-bit word the bfloat16 of the first row and, above it, that of the
+second), bytes between pairs, addresses of four tokens' weights in the same form, addresses of four fp32 runs of 64,
+which are added to, and the number of pairs, at least 1.
+"""
