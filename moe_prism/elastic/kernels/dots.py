@@ -8,6 +8,7 @@ integers: who calls keeps the arrays alive and in bounds. Knows nothing of exper
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import Any
 
 from llvmlite import binding, ir
@@ -18,7 +19,7 @@ LANES = 16  # fp32 numbers in a register
 TILE = 4
 COLUMNS = TILE * LANES  # of a tile of sums
 
-_WORD, _BYTE, _LONG = ir.IntType(32), ir.IntType(8), ir.IntType(64)
+_WORD, _LONG = ir.IntType(32), ir.IntType(64)
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
@@ -36,12 +37,11 @@ class _BFloat(ir.Type):  # type: ignore[misc]
 
 _BFLOATS = ir.VectorType(_BFloat(), 2 * LANES)
 _PAIRS, _SUMS = ir.VectorType(_WORD, LANES), ir.VectorType(ir.FloatType(), LANES)
-
-
 _FOUR: Any = types.Tuple((types.int64,) * TILE)  # type: ignore[no-untyped-call]
 _SIGNATURE: Any = types.void(types.int64, types.int64, _FOUR, _FOUR, types.int64)
 
 
+@cache
 def has_products_of_pairs() -> bool:
     """Whether this CPU has the instruction."""
     return bool(binding.get_host_cpu_features().get("avx512bf16", False))
