@@ -14,6 +14,8 @@ from torch import nn
 
 from moe_prism.elastic.executors import EXECUTORS, choice, choose_executor
 from moe_prism.elastic.executors.choice import MASKED_FROM, MASKED_LARGE_NEURONS_FROM
+from moe_prism.elastic.kernels import gated_pairs
+from moe_prism.elastic.kernels.dots import has_products_of_pairs
 from moe_prism.elastic.selection import Selection, gather_selection
 from moe_prism.errors import PrismError
 from moe_prism.experts import find_expert_layers
@@ -218,6 +220,21 @@ def test_executors_are_chosen_by_what_they_run(avx512: bool, monkeypatch: pytest
             for what, most in crossovers.items():
                 for runs, name in ((most * layer.num_experts - 1, "CpuExecutor"), (most * layer.num_experts, after)):
                     assert type(choose_executor("auto", layer, tokens, runs, what)).__name__ == name
+
+
+@pytest.mark.skipif(not has_products_of_pairs(), reason="this CPU has no products of bfloat16 pairs (AVX512-BF16)")
+def test_many_tokens_in_bfloat16_run_by_products_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = layer_of("olmoe", 16, 64, dtype=torch.bfloat16), torch.randn(48, 64).bfloat16()
+    runs: list[int] = []
+    kernel = gated_pairs.gated_pairs
+    monkeypatch.setattr(gated_pairs, "gated_pairs", lambda *given: (runs.append(len(given[2])), kernel(*given))[1])
+    with torch.no_grad():
+        for tokens in (48, 1):  # one has too few for it
+            chosen = random_selection(tokens, 4, 2, layer.num_experts, "random", 1)
+            found = EXECUTORS.create("cpu").run(layer, x[:tokens], chosen, 2).float()
+            exact = EXECUTORS.create("reference").run(layer, x[:tokens], chosen, 2).float()
+            assert (found - exact).abs().max() < 0.03 * exact.abs().max()
+    assert runs == [48]
 
 
 def test_executors_are_refused_clearly() -> None:

@@ -139,35 +139,16 @@ def _suits_pairs(rows: Rows, x: Tensor, selection: Selection, n: int) -> bool:
 
 
 def _run_plain(rows: Rows, x: Tensor, selection: Selection, n: int, computed: Tensor | None) -> Tensor:
+    pairs = selection.token.numpy(), selection.sub_expert.numpy(), selection.weight.float().numpy()
+    work = rows.gate_up, rows.down, _tokens(x), *pairs
     if computed is None and _suits_pairs(rows, x, selection, n):
-        out = gated_pairs.gated_pairs(
-            rows.gate_up,
-            rows.down,
-            _tokens(x),
-            selection.token.numpy(),
-            selection.sub_expert.numpy(),
-            selection.weight.float().numpy(),
-            rows.neurons,
-            n,
-        )
-        return from_rows(out, x)
+        return from_rows(gated_pairs.gated_pairs(*work, rows.neurons, n), x)
     known = (
         np.empty((len(selection.weight), 0), np.float32)
         if computed is None
         else computed[selection.token, selection.slot, selection.sub_expert % n].float().numpy()
     )
-    out = gated_experts(
-        rows.gate_up,
-        rows.down,
-        _tokens(x),
-        selection.token.numpy(),
-        selection.sub_expert.numpy(),
-        selection.weight.float().numpy(),
-        known,
-        rows.neurons,
-        n,
-    )
-    return from_rows(out, x)
+    return from_rows(gated_experts(*work, known, rows.neurons, n), x)
 
 
 def project(module: nn.Module, rows: Rows, x: Tensor, groups: Groups, n: int, skipped: int) -> Tensor:
