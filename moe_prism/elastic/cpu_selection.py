@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .kernels.neurons import bound, by_value
 from .selection import Selection
 
 
@@ -50,7 +51,8 @@ def _select(scores: Any, weights: Any, index: Any, budgets: Any, weighted: bool)
     token = np.empty(total, np.int64)
     slot = np.empty(total, np.int64)
     sub_expert = np.empty(total, np.int64)
-    pooled = np.empty(width, np.float32)
+    pooled = np.empty((k, n), np.float32)
+    slots = np.arange(k)
     count = 0
     for t in range(tokens):
         top = 0
@@ -60,18 +62,22 @@ def _select(scores: Any, weights: Any, index: Any, budgets: Any, weighted: bool)
         for s in range(k):
             for i in range(n):
                 value = scores[t, s, i] * weights[t, s] if weighted else scores[t, s, i]
-                pooled[s * n + i] = np.inf if np.isnan(value) else value  # torch sorts NaN above all
-        first = top * n
-        for j in range(top * n + 1, top * n + n):
-            if pooled[j] > pooled[first]:
-                first = j
-        pooled[first] = np.inf
-        order = np.argsort(-pooled, kind="mergesort")  # stable: equal scores in the order of slots
-        for j in order[: budgets[t]]:
-            token[count] = t
-            slot[count] = j // n
-            sub_expert[count] = index[t, j // n] * n + j % n
-            count += 1
+                pooled[s, i] = np.inf if np.isnan(value) else value  # torch sorts NaN above all
+        first = 0
+        for i in range(1, n):
+            if pooled[top, i] > pooled[top, first]:
+                first = i
+        pooled[top, first] = np.inf
+        least, equals, _ = bound(pooled, slots, budgets[t], np.inf)
+        for s in range(k):
+            for i in range(n):
+                equal = equals > 0 and pooled[s, i] == least
+                equals -= equal
+                if equal or pooled[s, i] > least:
+                    token[count] = t
+                    slot[count] = s
+                    sub_expert[count] = index[t, s] * n + i
+                    count += 1
     return _sorted(token, slot, sub_expert, weights)
 
 
@@ -89,7 +95,8 @@ def _select_all(weights: Any, index: Any) -> Any:
 
 @numba.njit(cache=True, nogil=True)
 def _sorted(token: Any, slot: Any, sub_expert: Any, weights: Any) -> Any:
-    order = np.argsort(sub_expert * weights.shape[0] + token, kind="mergesort")
+    """The pairs, which are in the order of tokens, by sub-expert, and their weights."""
+    order, _ = by_value(sub_expert, sub_expert.max() + 1 if len(sub_expert) else 0)
     weight = np.empty(order.shape[0], np.float32)
     for i in range(order.shape[0]):
         weight[i] = weights[token[order[i]], slot[order[i]]]

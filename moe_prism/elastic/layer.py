@@ -152,7 +152,7 @@ def run_budgets(
     if step is not None and hidden_states.device.type == "cpu":  # elsewhere it decides nothing
         runs = (int(step.k_active.sum()) if step.pairs is None else step.pairs) / n
     what: What = "experts" if step is None else "parts" if neurons is None else "neurons"
-    executor = choose_executor(state.dial.executor, module, hidden_states, runs, what)
+    executor = choose_executor(state.dial.executor, module, hidden_states, runs, what, n)
     if step is None and not executor.runs_full:
         own: Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
         return own

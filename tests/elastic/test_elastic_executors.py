@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 from torch import nn
 
-from moe_prism.elastic.executors import EXECUTORS, choice, choose_executor
+from moe_prism.elastic.executors import EXECUTORS, NeuronRule, choice, choose_executor, cpu
 from moe_prism.elastic.executors.choice import MASKED_FROM, MASKED_LARGE_NEURONS_FROM
-from moe_prism.elastic.kernels import gated_pairs
 from moe_prism.elastic.kernels.dots import has_products_of_pairs
 from moe_prism.elastic.selection import Selection, gather_selection
 from moe_prism.errors import PrismError
@@ -207,32 +206,46 @@ def test_packing_moves_nothing_but_memory() -> None:
         assert packed_rows(module.to(torch.bfloat16)) is not None  # a cast keeps it packed
 
 
-@pytest.mark.parametrize("avx512", [False, True])
-def test_executors_are_chosen_by_what_they_run(avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("avx512", "pairs"), [(False, False), (True, False), (True, True)])
+def test_executors_are_chosen_by_what_they_run(avx512: bool, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "has_avx512", lambda: avx512)
+    monkeypatch.setattr(cpu, "has_products_of_pairs", lambda: pairs)
     large = {**MASKED_FROM, "neurons": MASKED_LARGE_NEURONS_FROM[avx512]}
     for dtype in (torch.float32, torch.bfloat16):
-        after = "MaskedExecutor" if dtype == torch.float32 or avx512 else "CpuExecutor"
-        # experts of the second layer do not stay in a core's cache
+        # experts of the second layer do not stay in a core's cache, and suit products of pairs
         for neurons, hidden, crossovers in ((16, 32, MASKED_FROM), (512, 512, large)):
             layer, tokens = layer_of("olmoe", neurons, hidden, dtype=dtype), torch.randn(2, hidden, dtype=dtype)
             assert type(choose_executor("auto", layer, tokens, 4)).__name__ == "CpuExecutor"
             for what, most in crossovers.items():
+                by_pairs = pairs and dtype == torch.bfloat16 and hidden == 512 and what != "experts"
+                masked = (dtype == torch.float32 or avx512) and not by_pairs
+                after = "MaskedExecutor" if masked else "CpuExecutor"
                 for runs, name in ((most * layer.num_experts - 1, "CpuExecutor"), (most * layer.num_experts, after)):
-                    assert type(choose_executor("auto", layer, tokens, runs, what)).__name__ == name
+                    assert type(choose_executor("auto", layer, tokens, runs, what, 4)).__name__ == name
 
 
 @pytest.mark.skipif(not has_products_of_pairs(), reason="this CPU has no products of bfloat16 pairs (AVX512-BF16)")
-def test_many_tokens_in_bfloat16_run_by_products_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("some", [False, True])
+def test_many_tokens_in_bfloat16_run_by_products_of_pairs(some: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = layer_of("olmoe", 16, 64, dtype=torch.bfloat16), torch.randn(48, 64).bfloat16()
     runs: list[int] = []
-    kernel = gated_pairs.gated_pairs
-    monkeypatch.setattr(gated_pairs, "gated_pairs", lambda *given: (runs.append(len(given[2])), kernel(*given))[1])
+    name = "neuron_pairs" if some else "gated_pairs"
+    kernel = getattr(cpu, name)
+    monkeypatch.setattr(cpu, name, lambda *given: (runs.append(len(given[2])), kernel(*given))[1])
     with torch.no_grad():
         for tokens in (48, 1):  # one has too few for it
             chosen = random_selection(tokens, 4, 2, layer.num_experts, "random", 1)
-            found = EXECUTORS.create("cpu").run(layer, x[:tokens], chosen, 2).float()
-            exact = EXECUTORS.create("reference").run(layer, x[:tokens], chosen, 2).float()
+            if some:
+                rule = NeuronRule(torch.rand(layer.num_experts, 16), torch.full((tokens,), 24))
+                found, exact = (
+                    EXECUTORS.create(executor).run_some(layer, x[:tokens], chosen, 2, rule).float()
+                    for executor in ("cpu", "masked")
+                )
+            else:
+                found, exact = (
+                    EXECUTORS.create(executor).run(layer, x[:tokens], chosen, 2).float()
+                    for executor in ("cpu", "reference")
+                )
             assert (found - exact).abs().max() < 0.03 * exact.abs().max()
     assert runs == [48]
 

@@ -8,7 +8,9 @@ import torch
 from moe_prism.elastic.kernels import gated_blocks, gated_pairs
 from moe_prism.elastic.kernels.compiled import narrow
 from moe_prism.elastic.kernels.dots import has_products_of_pairs
-from moe_prism.elastic.kernels.neurons import keep_best
+from moe_prism.elastic.kernels.neuron_pairs import neuron_pairs
+from moe_prism.elastic.kernels.neurons import by_value, keep_best
+from moe_prism.elastic.kernels.silu import silu
 from moe_prism.elastic.kernels.streams import add_4_rows, dot_4_rows
 
 
@@ -140,46 +142,143 @@ def test_the_best_are_kept_and_the_first_among_equals(kind, threshold):
         assert list(zip(*map(list, keep_best(score, token, count, threshold)), strict=True)) == expected
 
 
-@pytest.mark.skipif(not has_products_of_pairs(), reason="this CPU has no products of bfloat16 pairs (AVX512-BF16)")
+needs_pairs = pytest.mark.skipif(
+    not has_products_of_pairs(), reason="this CPU has no products of bfloat16 pairs (AVX512-BF16)"
+)
+COUNTS = [0, 1, 2, 3, 4, 5, 8, 11, 0, 7]  # tokens of every sub-expert
+
+
+class Layer:
+    """Two sub-experts of each of five experts, which tokens run them, and every neuron's part of the output."""
+
+    def __init__(self, hidden, size):
+        rng = np.random.default_rng(hidden + size)
+        self.n, self.size, experts, tokens = 2, size, 5, 11
+        self.gate_up, up_values = bits(rng.normal(size=(experts * 2 * self.n * size, hidden)) / hidden**0.5)
+        self.down, down_values = bits(rng.normal(size=(experts * self.n * size, hidden)) / size**0.5)
+        self.x, x_values = bits(rng.normal(size=(tokens, hidden)))
+        self.sub_expert = np.repeat(np.arange(self.n * experts), COUNTS)
+        self.token = np.concatenate([np.sort(rng.choice(tokens, count, replace=False)) for count in COUNTS])
+        self.weight = rng.random(len(self.token)).astype(np.float32)
+        self.gates, self.outputs = [], []  # of every pair: weight * silu(gate) [size], and [size, H]
+        for s, t, w in zip(self.sub_expert, self.token, self.weight, strict=True):
+            of_gate = s // self.n * 2 * self.n * size + s % self.n * size
+            gate = up_values[of_gate : of_gate + size] @ x_values[t]
+            up = up_values[of_gate + self.n * size : of_gate + self.n * size + size] @ x_values[t]
+            self.gates.append(w * gate / (1 + np.exp(-gate)))
+            self.outputs.append((self.gates[-1] * up)[:, None] * down_values[s * size : (s + 1) * size])
+
+    def expected(self, kept=None):
+        """float64 ``[T, H]`` of all neurons, or of those that are kept by (pair, neuron)."""
+        out = np.zeros(self.x.shape)
+        for pair, t in enumerate(self.token):
+            out[t] += (self.outputs[pair] if kept is None else self.outputs[pair] * kept[pair][:, None]).sum(axis=0)
+        return out
+
+    def run(self, kernel, *rest, threads=1):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            given = self.gate_up, self.down, self.x, self.token, self.sub_expert, self.weight
+            out = kernel(*given, *rest, self.n * self.size, self.n)
+        finally:
+            torch.set_num_threads(before)
+        return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).double().numpy()
+
+
+SIZES = [(64, 4), (128, 12), (192, 64), (64, 68), (128, 132)]
+
+
+@needs_pairs
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("hidden", "size"), [(64, 4), (128, 12), (192, 64), (64, 68), (128, 132)])
+@pytest.mark.parametrize(("hidden", "size"), SIZES)
 def test_products_of_pairs_are_the_weighted_sum_of_sub_experts(hidden, size, threads):
-    rng = np.random.default_rng(hidden + size)
-    n, experts, tokens = 2, 5, 11
-    gate_up, up_values = bits(rng.normal(size=(experts * 2 * n * size, hidden)) / hidden**0.5)
-    down, down_values = bits(rng.normal(size=(experts * n * size, hidden)) / size**0.5)
-    x, x_values = bits(rng.normal(size=(tokens, hidden)))
-    counts = [0, 1, 2, 3, 4, 5, 8, 11, 0, 7]  # tokens of every sub-expert
-    sub_expert = np.repeat(np.arange(n * experts), counts)
-    token = np.concatenate([np.sort(rng.choice(tokens, count, replace=False)) for count in counts])
-    weight = rng.random(len(token)).astype(np.float32)
-    expected = np.zeros((tokens, hidden))
-    for s, t, w in zip(sub_expert, token, weight, strict=True):
-        of_gate = s // n * 2 * n * size + s % n * size
-        gate = up_values[of_gate : of_gate + size] @ x_values[t]
-        up = up_values[of_gate + n * size : of_gate + n * size + size] @ x_values[t]
-        expected[t] += w * (gate / (1 + np.exp(-gate)) * up) @ down_values[s * size : (s + 1) * size]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        out = gated_pairs.gated_pairs(gate_up, down, x, token, sub_expert, weight, n * size, n)
-    finally:
-        torch.set_num_threads(before)
-    found = torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).double().numpy()
+    layer = Layer(hidden, size)
+    expected = layer.expected()
+    found = layer.run(gated_pairs.gated_pairs, threads=threads)
     assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
 
 
-@pytest.mark.skipif(not has_products_of_pairs(), reason="this CPU has no products of bfloat16 pairs (AVX512-BF16)")
-def test_products_of_pairs_let_nan_and_infinity_through_to_their_token_only():
+@needs_pairs
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threshold", [0.0, 0.2])
+@pytest.mark.parametrize(("hidden", "size"), SIZES)
+def test_products_of_pairs_of_the_kept_neurons(hidden, size, threshold, threads):
+    layer = Layer(hidden, size)
+    rng = np.random.default_rng(0)
+    scale = rng.random((10, size)).astype(np.float32)
+    score = np.array([abs(gate) * scale[s] for gate, s in zip(layer.gates, layer.sub_expert, strict=True)])
+    count = np.zeros(11, np.int64) if threshold else rng.integers(1, 3 * size, 11)
+    kept = score > threshold
+    for t in range(0 if threshold else 11):
+        mine = np.flatnonzero(layer.token == t)
+        order = np.sort(score[mine].ravel())[::-1]
+        kept[mine] = score[mine] >= order[min(count[t], len(order)) - 1]
+    expected = layer.expected(kept)
+    found = layer.run(neuron_pairs, scale, count, threshold, threads=threads)
+    assert 0 < kept.sum() < kept.size
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+
+
+@needs_pairs
+@pytest.mark.parametrize("count", range(13))
+def test_products_of_pairs_keep_the_first_among_equals(count):
+    """Three sub-experts of four equal gates each: a token keeps neurons in their order, whatever it runs beside."""
+    hidden, size = 64, 4
+    gate_up, _ = bits(np.ones((2 * 3 * size, hidden)) / 8)
+    down, values = bits(np.random.default_rng(0).normal(size=(3 * size, hidden)))
+    x, _ = bits(np.ones((1, hidden)))
+    out = neuron_pairs(
+        gate_up, down, x, np.zeros(3, np.int64), np.arange(3), np.ones(3, np.float32), np.ones((3, size), np.float32),
+        np.array([count]), 1e9 if not count else 0.0, 3 * size, 3,
+    )  # fmt: skip
+    gate = 8.0
+    expected = gate / (1 + np.exp(-gate)) * gate * values[:count].sum(axis=0)
+    found = torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).double().numpy()[0]
+    assert np.allclose(found, expected, rtol=0.01, atol=0.5)
+
+
+@needs_pairs
+@pytest.mark.parametrize("some", [False, True])
+def test_products_of_pairs_let_nan_and_infinity_through_to_their_token_only(some):
     rng = np.random.default_rng(0)
     gate_up, _ = bits(rng.normal(size=(2 * 8, 64)))
     down, _ = bits(rng.normal(size=(8, 64)))
     values = rng.normal(size=(5, 64))
     values[1, 3], values[3, 60] = np.nan, np.inf
     x, _ = bits(values)
-    out = gated_pairs.gated_pairs(gate_up, down, x, np.arange(5), np.zeros(5, np.int64), np.ones(5, np.float32), 8, 1)
+    given = gate_up, down, x, np.arange(5), np.zeros(5, np.int64), np.ones(5, np.float32)
+    if some:
+        out = neuron_pairs(*given, np.ones((1, 8), np.float32), np.full(5, 6), 0.0, 8, 1)
+    else:
+        out = gated_pairs.gated_pairs(*given, 8, 1)
     finite = torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).isfinite().all(dim=1)
     assert finite.tolist() == [True, False, True, False, True]
+
+
+@numba.njit
+def silus(values):
+    out = np.empty_like(values)
+    for i in range(values.shape[0]):
+        out[i] = silu(values[i])
+    return out
+
+
+def test_silu_is_that_of_torch():
+    rng = np.random.default_rng(0)
+    values = np.concatenate([np.linspace(-100, 100, 100_001), rng.normal(size=10_000), [0, 1e-30, -1e30, 1e30]])
+    values = values.astype(np.float32)
+    exact = torch.nn.functional.silu(torch.from_numpy(values).double()).numpy()
+    assert (np.abs(silus(values) - exact) <= 4e-7 * np.abs(exact) + 1e-36).all()
+    odd = np.array([np.nan, np.inf, -np.inf], np.float32)
+    assert np.array_equal(silus(odd), torch.nn.functional.silu(torch.from_numpy(odd)).numpy(), equal_nan=True)
+
+
+def test_places_by_value_are_a_stable_order():
+    values = np.random.default_rng(0).integers(0, 7, 50)
+    order, first = by_value(values, 9)
+    assert np.array_equal(order, np.argsort(values, kind="stable"))
+    assert first.tolist() == [int((values < v).sum()) for v in range(10)]
 
 
 def bits(values):

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from ...errors import PrismError
 from ...experts.neurons import num_neurons
 from .base import EXECUTORS, Executor, num_experts
+from .cpu import suits_pairs
 
 AUTO = "auto"
 What = Literal["experts", "parts", "neurons"]  # runs: whole experts, parts of them, or parts but for some neurons
 # Experts that tokens run (parts count as parts) over the experts that there are, from which whole large products beat
 # work in proportion to the selection on a CPU. Of parts of experts the latter is 1.3 times faster at 128 and level at
-# 192 to 256.
+# 192 to 256; by products of bfloat16 pairs it is faster for any number of tokens.
 MASKED_FROM: dict[What, int] = {"experts": 128, "parts": 256, "neurons": 64}
 # The same where neurons are skipped and experts do not fit into a core's cache: every token has rows of its own then,
 # which are read anew for each. The second number is for AVX-512.
@@ -28,7 +29,7 @@ MASKED_LARGE_NEURONS_FROM = (8, 32)
 CACHE_BYTES = 1 << 20
 
 
-def choose_executor(name: str, module: nn.Module, x: Tensor, runs: float, what: What = "parts") -> Executor:
+def choose_executor(name: str, module: nn.Module, x: Tensor, runs: float, what: What = "parts", n: int = 1) -> Executor:
     """The named executor, or the fastest that can run this input.
 
     Args:
@@ -37,6 +38,7 @@ def choose_executor(name: str, module: nn.Module, x: Tensor, runs: float, what: 
         x: ``[T, H]``.
         runs: experts that its tokens run together: T * k at full budget, and parts of experts count as parts.
         what: is to run; for "neurons" it must be able to skip some.
+        n: sub-experts of one expert.
 
     Raises:
         PrismError: the named executor cannot run this module or input; the message says why.
@@ -50,15 +52,17 @@ def choose_executor(name: str, module: nn.Module, x: Tensor, runs: float, what: 
         if reason is not None:
             raise PrismError(f"executor {name!r} cannot run this layer: {reason}; use {AUTO!r} or another")
         return chosen
-    for candidate in map(_executor, _preferred(module, x, runs, what)):
+    for candidate in map(_executor, _preferred(module, x, runs, what, n)):
         if candidate.refusal(module, x) is None and (candidate.skips_neurons or not some_neurons):
             return candidate
     return _executor("masked" if some_neurons else "reference")
 
 
-def _preferred(module: nn.Module, x: Tensor, runs: float, what: What) -> tuple[str, ...]:
+def _preferred(module: nn.Module, x: Tensor, runs: float, what: What, n: int) -> tuple[str, ...]:
     if x.device.type != "cpu":
         return ("grouped",)
+    if what != "experts" and suits_pairs(module, x, n):
+        return ("cpu",)
     enough = MASKED_FROM[what]
     if what == "neurons" and 3 * num_neurons(module) * x.shape[1] * x.element_size() > CACHE_BYTES:
         enough = MASKED_LARGE_NEURONS_FROM[has_avx512()]

@@ -14,18 +14,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...experts.neurons import is_plain
-from ..kernels import add_rows, gated_experts, gated_neurons, gated_pairs, multiply_rows
+from ...experts.neurons import is_plain, num_neurons
+from ..kernels import add_rows, gated_experts, gated_neurons, multiply_rows
 from ..kernels.dots import has_products_of_pairs
 from ..kernels.gated import run_starts
+from ..kernels.gated_pairs import LENGTH, ROWS, gated_pairs
+from ..kernels.neuron_pairs import neuron_pairs
 from ..selection import Selection
 from .base import EXECUTORS, Executor, NeuronRule
 from .bias import add_gate_up_bias
 from .rows import DTYPES, Rows, as_rows, forget, from_rows, rows_of
 
-# Tokens per sub-expert, those that nobody runs included, from which products of bfloat16 pairs are faster: level at 1,
-# 1.1 times at 2, 2 times from 16 on (`make bench-crossovers`).
+# Tokens that run a neuron, on the mean of all neurons there are, from which products of bfloat16 pairs are faster:
+# level at 1, 1.1 times at 2, 2 times from 16 on (`make bench-crossovers`). Where neurons are skipped, 1.0 to 1.2 times
+# at 1.5.
 PAIRS_FROM = 2
+SOME_PAIRS_FROM = 1.5
 
 
 @numba.njit(cache=True, nogil=True)
@@ -85,7 +89,7 @@ class CpuExecutor(Executor):
         rows = rows_of(module)
         assert rows is not None  # refusal was asked
         if is_plain(module):
-            return _run_plain(rows, x, selection, n, computed)
+            return _run_plain(module, rows, x, selection, n, computed)
         groups = Groups.of(selection, n)
         skipped = 0 if computed is None else computed.shape[3]
         projected = project(module, rows, x, groups, n, skipped)
@@ -101,21 +105,24 @@ class CpuExecutor(Executor):
         return out.to(x.dtype)
 
     def run_some(self, module: nn.Module, x: Tensor, selection: Selection, n: int, rule: NeuronRule) -> Tensor:
-        """See ``Executor.run_some``; skipped up and down rows are skipped bytes, so it is for few tokens."""
+        """See ``Executor.run_some``; for few tokens, skipped up and down rows are skipped bytes."""
         rows = rows_of(module)
         assert rows is not None  # refusal was asked
-        neurons = rows.neurons
-        out = gated_neurons(
+        count = np.zeros(len(x), np.int64) if rule.count is None else rule.count.numpy()
+        kept = len(selection.weight) * rows.neurons // n if rule.count is None else int(count.sum())
+        many = kept >= SOME_PAIRS_FROM * len(rows.down)
+        kernel = neuron_pairs if many and suits_pairs(module, x, n) else gated_neurons
+        out = kernel(
             rows.gate_up,
             rows.down,
             _tokens(x),
             selection.token.numpy(),
             selection.sub_expert.numpy(),
             selection.weight.float().numpy(),
-            rule.scale.view(-1, neurons // n).numpy(),
-            np.zeros(len(x), np.int64) if rule.count is None else rule.count.numpy(),
+            rule.scale.view(-1, rows.neurons // n).numpy(),
+            count,
             0.0 if rule.threshold is None else rule.threshold,
-            neurons,
+            rows.neurons,
             n,
         )
         return from_rows(out, x)
@@ -125,24 +132,26 @@ def _tokens(x: Tensor) -> NDArray[np.generic]:
     return as_rows(x.contiguous()) if x.dtype in DTYPES else x.float().numpy()
 
 
-def _suits_pairs(rows: Rows, x: Tensor, selection: Selection, n: int) -> bool:
-    """Whether products of bfloat16 pairs can run this, and do it faster."""
-    sub_experts = len(rows.down) // rows.neurons * n
+def suits_pairs(module: nn.Module, x: Tensor, n: int) -> bool:
+    """Whether products of bfloat16 pairs can run sub-experts of a module for tokens ``x``."""
     return (
-        len(selection.weight) >= PAIRS_FROM * sub_experts
-        and x.dtype == torch.bfloat16
-        and rows.down.dtype == np.uint16
-        and not x.shape[1] % gated_pairs.LENGTH
-        and not rows.neurons // n % gated_pairs.ROWS
+        x.dtype == torch.bfloat16
+        and module.down_proj.dtype == torch.bfloat16
+        and not x.shape[1] % LENGTH
+        and not num_neurons(module) // n % ROWS
         and has_products_of_pairs()
+        and is_plain(module)
     )
 
 
-def _run_plain(rows: Rows, x: Tensor, selection: Selection, n: int, computed: Tensor | None) -> Tensor:
+def _run_plain(
+    module: nn.Module, rows: Rows, x: Tensor, selection: Selection, n: int, computed: Tensor | None
+) -> Tensor:
     pairs = selection.token.numpy(), selection.sub_expert.numpy(), selection.weight.float().numpy()
     work = rows.gate_up, rows.down, _tokens(x), *pairs
-    if computed is None and _suits_pairs(rows, x, selection, n):
-        return from_rows(gated_pairs.gated_pairs(*work, rows.neurons, n), x)
+    many = len(selection.weight) * (rows.neurons // n) >= PAIRS_FROM * len(rows.down)
+    if many and computed is None and suits_pairs(module, x, n):
+        return from_rows(gated_pairs(*work, rows.neurons, n), x)
     known = (
         np.empty((len(selection.weight), 0), np.float32)
         if computed is None

@@ -21,8 +21,8 @@ _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
 def inner(function: Function) -> Function:
-    """Compile a loop that kernels call."""
-    return cast(Function, njit(nogil=True, cache=True, fastmath=_FAST)(function))
+    """Compile a loop that kernels call; dividing by zero gives infinity, as a check would leave it unvectorised."""
+    return cast(Function, njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")(function))
 
 
 def serial(function: Function) -> Function:

@@ -14,7 +14,7 @@ import numpy as np
 
 from .compiled import parallel, serial
 from .digit_rows import add_digits, dot_digits
-from .digits import silu
+from .silu import silu
 from .threads import Kernel
 
 Array = Any

@@ -12,20 +12,15 @@ from typing import Any
 import numba
 import numpy as np
 
-from .compiled import inner, parallel, serial
+from .compiled import parallel, serial
 from .digit_rows import add_digits, dot_digits
 from .gated import total
 from .neurons import keep_best
 from .products import widened
+from .silu import silu
 from .threads import Kernel
 
 Array = Any
-
-
-@inner
-def silu(gate: Any) -> Any:
-    """The activation of one gate."""
-    return gate / (np.float32(1) + np.exp(-gate))
 
 
 @serial

@@ -14,6 +14,7 @@ import numpy as np
 
 from .compiled import RUN, inner, narrow, parallel, serial, share_tasks
 from .products import multiply_run, widened
+from .silu import silu
 from .sums import add_run
 from .threads import Kernel
 
@@ -29,8 +30,7 @@ def activate(gate_up: Array, weight: Array, known: Array, begin: int, end: int, 
             if c < r:
                 gate_up[s, c] = weight[s] * known[s, c]
             else:
-                gate = gate_up[s, c]
-                gate_up[s, c] = weight[s] * (gate / (np.float32(1) + np.exp(-gate)) * gate_up[s, size + c])
+                gate_up[s, c] = weight[s] * (silu(gate_up[s, c]) * gate_up[s, size + c])
 
 
 @serial

@@ -18,13 +18,13 @@ from .gated import activate, run_starts, total
 from .threads import Kernel
 
 Array = Any
-_BLOCK = 64  # neurons of a task
+BLOCK = 64  # neurons of a task
 LENGTH = COLUMNS  # what the hidden size must be a multiple of
 ROWS = TILE  # and the neurons of a sub-expert
 
 
 @serial
-def _project(
+def project(
     rows: Array, row: int, count: int, x: Array, token: Array, s0: int, s1: int, out: Array, column: int
 ) -> None:
     """``count`` rows times the tokens ``s0 .. s1`` of a group, into columns of ``out``."""
@@ -55,7 +55,7 @@ def _project(
 
 
 @serial
-def _interleave(rows: Array, row: int, count: int, out: Array) -> None:
+def interleave(rows: Array, row: int, count: int, out: Array) -> None:
     """Pairs of consecutive rows as words: the first in the lower half."""
     for p in range(count // 2):
         low, high, pair = rows[row + 2 * p], rows[row + 2 * p + 1], out[p]
@@ -64,7 +64,9 @@ def _interleave(rows: Array, row: int, count: int, out: Array) -> None:
 
 
 @serial
-def _add(pairs: Array, count: int, active: Array, begin: int, token: Array, s0: int, s1: int, out: Array) -> None:
+def add_pairs_of_rows(
+    pairs: Array, count: int, active: Array, begin: int, token: Array, s0: int, s1: int, out: Array
+) -> None:
     """The first ``count`` row pairs, weighted by columns of ``active`` from ``begin`` on, added to a group's tokens."""
     hidden, width = out.shape[1], active.shape[1]
     spare = np.empty(COLUMNS, np.float32)
@@ -107,27 +109,27 @@ def _gated_pairs(
     starts, known = run_starts(sub_expert), np.empty((0, 0), np.float32)
     projected = np.empty((pairs, 2 * size), np.float32)
     active = np.empty((pairs, size), np.uint16)
-    runs = (size + _BLOCK - 1) // _BLOCK
+    runs = (size + BLOCK - 1) // BLOCK
     both = share_tasks(starts, runs, 2, threads)
     for thread in numba.prange(threads):
         for task in range(both[thread], both[thread + 1]):
-            group, part, begin = task // (2 * runs), task // runs % 2, task % runs * _BLOCK
-            which, count = sub_expert[starts[group]], min(_BLOCK, size - begin)
+            group, part, begin = task // (2 * runs), task // runs % 2, task % runs * BLOCK
+            which, count = sub_expert[starts[group]], min(BLOCK, size - begin)
             row = which // n * 2 * neurons + part * neurons + which % n * size + begin
-            _project(gate_up, row, count, x, token, starts[group], starts[group + 1], projected, part * size + begin)
+            project(gate_up, row, count, x, token, starts[group], starts[group + 1], projected, part * size + begin)
     bounds = share_tasks(starts, runs, 1, threads)
     sums = np.zeros((threads, x.shape[0], hidden), np.float32)
     for thread in numba.prange(threads):
-        words = np.empty((_BLOCK // 2, hidden), np.uint32)
+        words = np.empty((BLOCK // 2, hidden), np.uint32)
         for task in range(bounds[thread], bounds[thread + 1]):
-            group, begin = task // runs, task % runs * _BLOCK
-            s0, s1, count = starts[group], starts[group + 1], min(_BLOCK, size - begin)
+            group, begin = task // runs, task % runs * BLOCK
+            s0, s1, count = starts[group], starts[group + 1], min(BLOCK, size - begin)
             activate(projected, weight, known, begin, begin + count, s0, s1)
             for s in range(s0, s1):
                 for c in range(begin, begin + count):
                     active[s, c] = narrow(projected[s, c], active[s, c])
-            _interleave(down, sub_expert[s0] * size + begin, count, words)
-            _add(words, count // 2, active, begin, token, s0, s1, sums[thread])
+            interleave(down, sub_expert[s0] * size + begin, count, words)
+            add_pairs_of_rows(words, count // 2, active, begin, token, s0, s1, sums[thread])
     return total(sums, x)
 
 
