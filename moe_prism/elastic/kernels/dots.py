@@ -8,6 +8,7 @@ integers: who calls keeps the arrays alive and in bounds. Knows nothing of exper
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -57,6 +58,24 @@ def _accumulate(builder: Any, sums: Any, a: Any, b: Any) -> Any:
     return builder.call(product, [sums, builder.bitcast(a, _BFLOATS), builder.bitcast(b, _BFLOATS)])
 
 
+def _pick(builder: Any, a: Any, b: Any, lanes: Iterable[int]) -> Any:
+    """Lanes of two vectors, those of the second counted on."""
+    chosen = list(lanes)
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_WORD, len(chosen)), chosen))
+
+
+def _add_lanes(builder: Any, vectors: list[Any]) -> Any:
+    """The sums of the lanes of sixteen vectors, as one vector: half as many, of half as many lanes each, four times."""
+    width = LANES
+    while len(vectors) > 1:
+        low = [lane for lane in range(2 * LANES) if lane % width < width // 2]
+        high = [lane + width // 2 for lane in low]
+        two = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [builder.fadd(_pick(builder, a, b, low), _pick(builder, a, b, high)) for a, b in two]
+        width //= 2
+    return vectors[0]
+
+
 def _loop(builder: Any, turns: Any, body: Any) -> list[Any]:
     """Sixteen sums after ``turns`` turns, at least one, of ``body(turn, sums) -> sums``."""
     before = builder.block
@@ -94,13 +113,10 @@ def _dot_tile(_context: Any, rows: Any, stride: Any, tokens: Any, outs: Any, cou
             return [_accumulate(builder, total, w, v) for total, (v, w) in zip(sums, both, strict=True)]
 
         sums = _loop(builder, builder.sdiv(hidden, ir.Constant(_LONG, 2 * LANES)), body)
-        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _SUMS])
-        add = builder.module.declare_intrinsic("llvm.vector.reduce.fadd.v16f32", (), kind)
+        total = _add_lanes(builder, sums)
         for t in range(TILE):
-            for r in range(TILE):
-                total = builder.call(add, [ir.Constant(ir.FloatType(), 0.0), sums[t * TILE + r]], fastmath=("reassoc",))
-                at = builder.add(out[t], ir.Constant(_LONG, 4 * r))
-                builder.store(total, builder.inttoptr(at, ir.FloatType().as_pointer()))
+            four = _pick(builder, total, total, range(t * TILE, (t + 1) * TILE))
+            builder.store(four, builder.inttoptr(out[t], four.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return _SIGNATURE, generate
@@ -122,8 +138,7 @@ def _sum_tile(_context: Any, rows: Any, stride: Any, weights: Any, outs: Any, co
             for t in range(TILE):
                 one = _load(builder, builder.add(weight[t], at), _WORD)
                 vector = builder.insert_element(ir.Constant(_PAIRS, ir.Undefined), one, ir.Constant(_WORD, 0))
-                mask = ir.Constant(ir.VectorType(_WORD, LANES), [0] * LANES)
-                spread = builder.shuffle_vector(vector, ir.Constant(_PAIRS, ir.Undefined), mask)
+                spread = _pick(builder, vector, vector, [0] * LANES)
                 for j in range(TILE):
                     found[t * TILE + j] = _accumulate(builder, sums[t * TILE + j], columns[j], spread)
             return found

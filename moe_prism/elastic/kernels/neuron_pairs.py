@@ -16,7 +16,7 @@ import numpy as np
 from .compiled import inner, narrow, parallel, serial, share_tasks
 from .gated import run_starts, total
 from .gated_pairs import BLOCK, add_pairs_of_rows, interleave, project
-from .neurons import bound, by_value, score_gate
+from .neurons import bound, by_value, score_gates
 from .threads import Kernel
 
 Array = Any
@@ -37,10 +37,14 @@ def _least(score: Array, mine: Array, count: int, threshold: float) -> Any:
 
 
 @inner
-def _activate(gate: Array, up: Array, score: Array, least: Any, active: Array) -> None:
-    """``active = gate * up`` as bits of bfloat16, zero where the score is below the least."""
-    for c in range(gate.shape[0]):
-        active[c] = narrow(gate[c] * up[c] if score[c] >= least else np.float32(0), active[c])
+def _activate(
+    gate: Array, up: Array, score: Array, least: Array, token: Array, s0: int, s1: int, begin: int, end: int, out: Array
+) -> None:
+    """``gate * up`` of the pairs ``s0 .. s1`` as bits of bfloat16, zero where the score is below the token's least."""
+    for s in range(s0, s1):
+        bar = least[token[s]]
+        for c in range(begin, end):
+            out[s, c] = narrow(gate[s, c] * up[s, c] if score[s, c] >= bar else np.float32(0), out[s, c])
 
 
 def _neuron_pairs(
@@ -70,8 +74,7 @@ def _neuron_pairs(
             which = sub_expert[s0]
             row = which // n * 2 * neurons + which % n * size + begin
             project(gate_up, row, end - begin, x, token, s0, s1, gate, begin)
-            for s in range(s0, s1):
-                score_gate(gate[s, begin:end], score[s, begin:end], weight[s], scale[which, begin:end])
+            score_gates(gate, score, s0, s1, begin, end, weight, scale, which)
     order, first = by_value(token, x.shape[0])
     least = np.empty(x.shape[0], np.float32)
     for thread in numba.prange(threads):
@@ -88,10 +91,7 @@ def _neuron_pairs(
             which = sub_expert[s0]
             row = (which // n * 2 + 1) * neurons + which % n * size + begin
             project(gate_up, row, end - begin, x, token, s0, s1, up, begin)
-            for s in range(s0, s1):
-                _activate(
-                    gate[s, begin:end], up[s, begin:end], score[s, begin:end], least[token[s]], active[s, begin:end]
-                )
+            _activate(gate, up, score, least, token, s0, s1, begin, end, active)
             interleave(down, which * size + begin, end - begin, words)
             add_pairs_of_rows(words, (end - begin) // 2, active, begin, token, s0, s1, sums[thread])
     return total(sums, x)

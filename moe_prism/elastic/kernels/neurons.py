@@ -23,19 +23,32 @@ Array = Any
 
 
 @inner
-def score_gate(gate: Array, score: Array, weight: Any, scale: Array) -> None:
-    """Replace gate by ``weight * silu(gate)``; ``score = |that| * scale``, infinite for NaN, which is kept."""
-    for c in range(gate.shape[0]):
-        active = weight * silu(gate[c])
-        gate[c] = active
-        value = abs(active) * scale[c]
-        score[c] = np.float32(np.inf) if np.isnan(value) else value
+def score_gates(
+    gate: Array, score: Array, s0: int, s1: int, begin: int, end: int, weight: Array, scale: Array, which: int
+) -> None:
+    """Gates become ``weight * silu(gate)``; scores ``|that| * scale``, infinite for NaN, which is kept.
+
+    Of the pairs ``s0 .. s1``, neurons ``begin .. end`` of the sub-expert ``which``.
+    """
+    for s in range(s0, s1):
+        for c in range(begin, end):
+            active = weight[s] * silu(gate[s, c])
+            gate[s, c] = active
+            value = abs(active) * scale[which, c]
+            score[s, c] = np.float32(np.inf) if np.isnan(value) else value
 
 
 @inner
-def _place(bits: Any) -> Any:
-    """A number that is greater for greater fp32 numbers, which are given as int32 bits."""
-    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+def _places(score: Array, bits: Array, mine: Array) -> Array:
+    """A number for every score of the rows ``mine``, which is greater for greater ones; a zero has one, not two."""
+    size = score.shape[1]
+    places = np.empty(mine.shape[0] * size, np.int32)
+    for i in range(mine.shape[0]):
+        for c in range(size):
+            at = bits[mine[i], c]
+            zero = score[mine[i], c] == 0
+            places[i * size + c] = np.int32(0) if zero else at ^ ((at >> np.int32(31)) & np.int32(0x7FFFFFFF))
+    return places
 
 
 @inner
@@ -48,36 +61,23 @@ def _at_least(places: Array, least: Any) -> Any:
 
 @serial
 def _least_kept(score: Array, mine: Array, count: int) -> Any:
-    """The ``count``-th best score of the rows ``mine``, how many equal to it belong to the best, and of how many.
+    """The ``count``-th best score of the rows ``mine``, or one that as many reach; see ``bound``.
 
     Found by halving the range of fp32 numbers: counting what lies above takes one vector instruction for many scores,
     and putting them in order took a twentieth of the layer's time.
     """
-    size = score.shape[1]
-    places = np.empty(mine.shape[0] * size, np.int32)
-    for i in range(mine.shape[0]):
-        bits, out = score[mine[i]].view(np.int32), places[i * size : (i + 1) * size]
-        for c in range(size):
-            out[c] = _place(bits[c])
-    low, bit, reached = -(1 << 31), 31, places.shape[0]  # ``count`` scores reach ``low``, and so do ``reached``
+    places = _places(score, score.view(np.int32), mine)
+    low, bit, reached = -(1 << 31), 31, places.shape[0]  # ``reached`` scores reach ``low``, at least ``count``
     while reached > count and bit >= 0:
         middle = low + (1 << bit)
         above = _at_least(places, np.int32(middle))
         if above >= count:
             low, reached = middle, above
         bit -= 1
-    least = np.full(1, (1 << 31) - 1, np.int32)
-    for i in range(places.shape[0]):
-        if places[i] >= low:
-            least[0] = min(least[0], places[i])
-    least[0] = _place(least[0])
-    value = least.view(np.float32)[0]
-    reaching = greater = 0
-    for s in mine:  # not by places: a zero has two signs, which have two
-        for c in range(size):
-            greater += score[s, c] > value
-            reaching += score[s, c] >= value
-    return value, count - greater, reaching - greater
+    greater = _at_least(places, np.int32(low + 1))
+    least = np.empty(1, np.int32)
+    least[0] = np.int32(low) ^ ((np.int32(low) >> np.int32(31)) & np.int32(0x7FFFFFFF))
+    return least.view(np.float32)[0], count - greater, reached - greater
 
 
 @serial
@@ -184,8 +184,7 @@ def _gated_neurons(
             which = sub_expert[s0]
             row = which // n * 2 * neurons + which % n * size + begin
             multiply_run(gate_up, row, end - begin, tokens, token, s0, s1, gate, begin)
-            for s in range(s0, s1):
-                score_gate(gate[s, begin:end], score[s, begin:end], weight[s], scale[which, begin:end])
+            score_gates(gate, score, s0, s1, begin, end, weight, scale, which)
     pair, neuron = keep_best(score, token, count, threshold)
     down_row = sub_expert[pair] * size + neuron
     up_row = down_row + (sub_expert[pair] // n + 1) * neurons  # experts before it: C rows of gate and C of up each
