@@ -25,12 +25,13 @@ Array = Any
 def activate(gate_up: Array, weight: Array, known: Array, begin: int, end: int, s0: int, s1: int) -> None:
     """Replace gate by ``weight * silu(gate) * up`` in columns ``begin .. end`` of the pairs ``s0 .. s1``."""
     size, r = gate_up.shape[1] // 2, known.shape[1]
+    middle = min(max(begin, r), end)
     for s in range(s0, s1):
-        for c in range(begin, end):
-            if c < r:
-                gate_up[s, c] = weight[s] * known[s, c]
-            else:
-                gate_up[s, c] = weight[s] * (silu(gate_up[s, c]) * gate_up[s, size + c])
+        w, gate, up = weight[s], gate_up[s, middle:end], gate_up[s, size + middle : size + end]
+        for c in range(begin, middle):
+            gate_up[s, c] = w * known[s, c]
+        for c in range(gate.shape[0]):  # without a choice or a sum of indices in it, it is vectorised
+            gate[c] = w * (silu(gate[c]) * up[c])
 
 
 @serial
