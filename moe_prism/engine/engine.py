@@ -180,7 +180,7 @@ class Engine:
         ran = 0.0
         try:
             for id in plan.admit:
-                self._admit(id)
+                self._admit(id, plan.batch)
             parts = parts_of(plan, self._running)
             ran = -time.perf_counter()
             chosen = run_parts(parts, plan.budgets, plan.cap, self._runner, self._memory)
@@ -225,12 +225,12 @@ class Engine:
                     f"{self.limits.full_budget}"
                 )
 
-    def _admit(self, id: str) -> None:
+    def _admit(self, id: str, batch: int) -> None:
         generation = self._waiting[id]
         for move in self._memory.reserve(id, memory_of(generation.request)):
             moved = self._running[move.id]
             self._runner.memory.move(move.source, move.target, moved.prefilled + max(0, moved.generated - 1))
-        self._running[id] = Active(self._waiting.pop(id), Sampler(generation.sampling))
+        self._running[id] = Active(self._waiting.pop(id), Sampler(generation.sampling), budget=batch)
         self._admitted += 1
 
     def _advance(self, parts: list[Part], budgets: Mapping[str, int], chosen: list[Chosen]) -> list[Event]:

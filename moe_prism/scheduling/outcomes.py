@@ -29,7 +29,7 @@ class Outcome:
         admitted, first_token, finished: NaN until they happen.
         prefilled: prompt tokens computed so far.
         tokens: generated so far.
-        budget: of its last step, or 0.
+        budget: of its last step; see ``Running``.
         prompt_budgets: budget -> prompt tokens computed at it.
         token_budgets: budget -> tokens generated at it; the first one comes with the prompt's last piece.
         refused: it was turned away at admission; nothing else happens to it.

@@ -114,7 +114,8 @@ class Running(NamedTuple):
         prefilled: prompt tokens whose keys and values are computed.
         generated: tokens it has; at least 1 once the whole prompt is prefilled.
         first_token: when the first one came, or None.
-        budget: the budget of its last step, of its prompt or of a token, or 0 before the first.
+        budget: the budget of its last step, of its prompt or of a token; before the first, ``StepPlan.batch`` of the
+            plan that admitted it.
     """
 
     request: Request
@@ -207,6 +208,7 @@ class StepPlan:
             step if it has any left, else its next token.
         prefill: id -> prompt tokens of this step, of requests that have any left; one that is not named computes
             none in this step.
+        batch: what admitted requests remember as their budget until their first step, which may be later; 0: nothing.
         cap: different sub-experts that a layer may load for the decoding requests of this step, their floors first
             (batch-aware selection); None: everyone runs its own best.
         wake: if nothing runs, when to ask again at the latest; None: when a request comes.
@@ -215,6 +217,7 @@ class StepPlan:
     admit: tuple[str, ...] = ()
     budgets: Mapping[str, int] = field(default_factory=dict)
     prefill: Mapping[str, int] = field(default_factory=dict)
+    batch: int = 0
     cap: int | None = None
     wake: float | None = None
 

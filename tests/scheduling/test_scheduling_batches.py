@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduling_samples import FULL, cost_model, request
+from scheduling_samples import FULL, cost_model, request, run
 
 from moe_prism.scheduling import POLICIES, Limits, Request, Running, State
+from moe_prism.scheduling.outcomes import Job
 from moe_prism.scheduling.requests import memory_of
 
 COST = cost_model()
@@ -101,6 +102,23 @@ def test_a_batch_keeps_its_budget_when_its_highest_floor_has_ended() -> None:
     found = POLICIES.create("fifo", {"cost": COST}).plan(State([], running, Limits(FULL, 8)), 1.0)
     assert found.budgets == {"b": 5}  # prompts first
     assert found.prefill == {"b": 20}
+
+
+@pytest.mark.parametrize("name", ["fifo", "full-batch", "virtual-queues"])
+def test_a_batch_keeps_its_budget_when_all_who_began_have_ended(name: str) -> None:
+    """The first one's prompt takes a whole step and its only token ends it, before the other has begun."""
+    jobs = [
+        Job(request("before", max_tokens=40), 40),  # the others wait for it together
+        Job(request("a", arrival=1e-3, prompt_tokens=64, max_tokens=1, k_min=5), 1),
+        Job(request("b", arrival=1e-3, prompt_tokens=64, max_tokens=2, k_min=2), 2),
+    ]
+    policy = POLICIES.create(name, {"cost": COST})
+    jobs = jobs[1:] if name == "full-batch" else jobs  # which waits until there are two
+    *_, first, second = run(jobs, policy, Limits(FULL, 2, max_prefill=64)).outcomes
+    budget = max(first.token_budgets)
+    assert budget >= 5
+    assert second.prompt_budgets == {budget: 64}
+    assert second.token_budgets == {budget: 2}
 
 
 def test_long_prompts_are_computed_in_pieces_before_anyone_decodes() -> None:

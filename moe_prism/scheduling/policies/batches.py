@@ -24,7 +24,7 @@ class BatchPolicy(Policy):
     def plan(self, state: State, now: float) -> StepPlan:
         """See ``Policy.plan``; prompts first, as the batch starts: who is done with its own waits for the others."""
         if state.running:
-            # its members' budgets say what the batch runs at; those whose prompt has not begun have none yet
+            # its members' budgets say what the batch runs at; in vLLM, which admits by itself, the first have none yet
             k_active = max(max(r.budget, r.request.k_min) for r in state.running)
             return self._step((), state.running, k_active, state)
         if not state.waiting:
@@ -49,7 +49,7 @@ class BatchPolicy(Policy):
         pending += [(r.id, r.prompt_tokens) for r in admitted]
         pieces = prefill_pieces(pending, state.limits)
         budgets = {r.id: self.budget(r, k_active) for r in requests if not pieces or r.id in pieces}
-        return StepPlan(tuple(r.id for r in admitted), budgets, pieces)
+        return StepPlan(tuple(r.id for r in admitted), budgets, pieces, batch=k_active)
 
 
 def _highest_floor(requests: Sequence[Request]) -> int:

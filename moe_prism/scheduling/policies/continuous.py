@@ -94,7 +94,7 @@ class Continuous(Policy):
         given = dict(zip(names, line.budgets[for_prompts].tolist(), strict=True))
         budgets = {name: given[name] for name in prefill}
         budgets.update(zip(decoding.names, decoding.budgets(excess).tolist(), strict=True))
-        return StepPlan(tuple(name for name in names[len(begun) :] if name in prefill), budgets, prefill, cap)
+        return StepPlan(tuple(name for name in names[len(begun) :] if name in prefill), budgets, prefill, cap=cap)
 
     def order(self, waiting: Columns, decoding: Decoding, state: State, now: float) -> Order:
         """Indices of waiting requests, the next one first.

@@ -79,6 +79,7 @@ class Replica:
         for name in plan.admit:
             outcome = self.waiting.pop(name)
             outcome.admitted = now
+            outcome.budget = plan.batch
             self.running[name] = outcome
         self._admitted += len(plan.admit)
         if not plan.budgets:
