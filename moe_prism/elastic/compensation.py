@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..errors import PrismError
 from ..gates import Cost, LayerShape
+from .executors.rows import DTYPES, as_rows, from_rows
+from .kernels.means import add_means
 from .selection import Selection
 
 
@@ -38,10 +40,10 @@ class Recalibration(ABC):
 
     @abstractmethod
     def apply(self, out: Tensor, index: Tensor, weights: Tensor, budgets: Tensor, selection: Selection) -> Tensor:
-        """The corrected output, fp32 ``[T, H]``.
+        """The corrected output ``[T, H]``, in the dtype of ``out``; sums are kept in fp32.
 
         Args:
-            out: fp32 ``[T, H]``, what the budget computed.
+            out: ``[T, H]``, what the budget computed.
             index: int64 ``[T, k]`` routed experts.
             weights: ``[T, k]`` routing weights; zero where a slot holds no expert.
             budgets: int64 ``[T]``.
@@ -98,7 +100,12 @@ class Compensation(FittedRecalibration):
 
     def apply(self, out: Tensor, index: Tensor, weights: Tensor, budgets: Tensor, selection: Selection) -> Tensor:
         """See ``Recalibration.apply``."""
-        return out + self.of(index, weights, budgets)
+        learns = torch.is_grad_enabled() and (out.requires_grad or self.vectors.requires_grad)
+        if out.device.type != "cpu" or out.dtype not in DTYPES or learns:
+            return (out.float() + self.of(index, weights, budgets)).to(out.dtype)
+        self.place(index.device)
+        given = self.vectors.detach(), self.shares, budgets, index, weights.detach().float()
+        return from_rows(add_means(as_rows(out.contiguous()), *(tensor.numpy() for tensor in given)), out)
 
     def cost(self, shape: LayerShape) -> Cost:
         """The vectors of a token's experts at the two fitted budgets around its own."""
@@ -118,7 +125,7 @@ class OutputScale(FittedRecalibration):
         """See ``Recalibration.apply``."""
         self.place(out.device)
         scale, shift = (self.shares[budgets] @ self.vectors.flatten(1)).chunk(2, dim=1)
-        return out + out * scale + shift
+        return (out.float() * (1 + scale) + shift).to(out.dtype)
 
     def cost(self, shape: LayerShape) -> Cost:
         """Scale and shift at the two fitted budgets around its own."""
@@ -139,7 +146,7 @@ class Renormalisation(Recalibration):
         runs[selection.token, selection.slot] = True
         kept = (weights.float() * runs).sum(dim=1, keepdim=True)
         total = weights.float().sum(dim=1, keepdim=True)
-        return out * torch.where(kept > 0, total / kept, torch.ones_like(kept))
+        return (out.float() * torch.where(kept > 0, total / kept, torch.ones_like(kept))).to(out.dtype)
 
     def cost(self, shape: LayerShape) -> Cost:
         """Two sums of the routing weights and a product per dimension; no weights are read."""

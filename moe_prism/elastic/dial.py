@@ -103,8 +103,11 @@ class Dial:
         self._requests: Tensor | None = None
         self._floors: Tensor | None = None
         self._filled_cap: int | None = None
-        # The budgets of the last layer, where all tokens have the same: the next one wants them again.
+        # What the last layer asked for, which the next one wants again: budgets where all tokens have the same, those
+        # of the filled buffer where all layers have the same, and what they are spent on.
         self._same: tuple[tuple[int, int, torch.device], Tensor] | None = None
+        self._ready: tuple[tuple[object, ...], StepBudgets] | None = None
+        self._spent: tuple[tuple[object, ...], tuple[StepBudgets, Tensor | None]] | None = None
 
     def check(self, k_active: object, name: str = "k_active") -> int:
         """``k_active`` itself; raises PrismError with its name if it is not a whole number in range."""
@@ -167,6 +170,7 @@ class Dial:
         Raises:
             PrismError: a value is out of range, or not whole.
         """
+        self._ready = None
         if budgets is None:
             self._filled = self._floors = self._filled_cap = None
             return
@@ -223,7 +227,12 @@ class Dial:
                 return StepBudgets(self.of_layer(budgets, layer), self.of_layer(floors, layer), self._filled_cap)
             if self._requests is not None and self.k_min is None:
                 return self._shared(self._filled, self._requests, device, layer)
-            return self._step(self._buffer[:tokens], self._filled.long(), layer)
+            if self.spread is not None:
+                return self._step(self._buffer[:tokens], self._filled.long(), layer)
+            key = (device, self.k_min, self.cap)
+            if self._ready is None or self._ready[0] != key:
+                self._ready = key, self._step(self._buffer[:tokens], self._filled.long(), layer)
+            return self._ready[1]
         if self.rows is None and self.k_active == self.full_budget and self.cap is None:
             return None
         if self.rows is not None and (not len(self.rows) or tokens % len(self.rows)):
@@ -247,16 +256,24 @@ class Dial:
         """Budgets of sub-experts to look at, and neurons every token runs, int64 ``[T]`` on the CPU; None for all."""
         if self.plan is None:
             return step, None
+        key = (self.plan, step.k_active, step.k_min, step.cap)
+        if self._spent is None or any(a is not b for a, b in zip(self._spent[0], key, strict=True)):
+            with torch.inference_mode(False):  # as above
+                self._spent = key, self._spend(self.plan, step)
+        return self._spent[1]
+
+    @staticmethod
+    def _spend(plan: Plan, step: StepBudgets) -> tuple[StepBudgets, Tensor | None]:
         budgets = step.k_active.cpu()
-        if not bool(self.plan.skips[budgets].any()):
+        if not bool(plan.skips[budgets].any()):
             return step, None
-        scan = self.plan.scan[budgets]
+        scan = plan.scan[budgets]
         device = step.k_active.device
         if step.k_min is None:
             looked = StepBudgets(scan.to(device), pairs=int(scan.sum()))
         else:  # how many pairs there are depends on what the batch loads
-            looked = StepBudgets(scan.to(device), self.plan.scan[step.k_min.cpu()].to(device), step.cap)
-        return looked, self.plan.neurons[budgets]
+            looked = StepBudgets(scan.to(device), plan.scan[step.k_min.cpu()].to(device), step.cap)
+        return looked, plan.neurons[budgets]
 
     def _step(self, budgets: Tensor, on_host: Tensor, layer: int) -> StepBudgets:
         return self._with_floor(self.of_layer(budgets, layer), int(self.of_layer(on_host, layer).sum()), layer)

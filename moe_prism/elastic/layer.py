@@ -192,7 +192,7 @@ def run_budgets(
             out = executor.run_some(module, hidden_states, selection, n, NeuronRule(state.neuron_scale, neurons))
         if state.compensation is not None:
             weights = top_k_weights if valid is None else top_k_weights.masked_fill(~valid, 0)
-            out = state.compensation.apply(out.float(), index, weights, step.k_active, selection).to(out.dtype)
+            out = state.compensation.apply(out, index, weights, step.k_active, selection)
     bias = down_bias(module)
     if bias is not None:  # an expert's output bias is kept whatever its sub-experts do: it costs nothing
         weights = top_k_weights if valid is None else top_k_weights.masked_fill(~valid, 0)

@@ -51,6 +51,21 @@ def test_compensation_adds_weighted_vectors_of_the_routed_experts() -> None:
     torch.testing.assert_close(found[1], weights[1, 0] * vectors[1, 2] / 2 + weights[1, 1] * vectors[1, 1] / 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_compensation_applied_is_the_output_and_what_is_added(tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    given = Compensation(torch.randn(3, 5, 6), [2, 4, 6], 8)
+    out, weights = torch.randn(tokens, 6).to(dtype), torch.rand(tokens, 2).to(dtype)
+    index, budgets = torch.randint(5, (tokens, 2)), torch.randint(1, 9, (tokens,))
+    found = given.apply(out, index, weights, budgets, NOTHING)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, (out.float() + given.of(index, weights, budgets)).to(dtype))
+    learning = given.apply(out.float().requires_grad_(), index, weights, budgets, NOTHING)
+    assert learning.requires_grad
+    torch.testing.assert_close(learning.to(dtype), found, rtol=1e-2, atol=1e-2)
+
+
 def test_scale_and_shift_are_interpolated_towards_nothing() -> None:
     torch.manual_seed(0)
     vectors, out = torch.randn(2, 2, 3), torch.randn(3, 3)

@@ -109,8 +109,8 @@ class CpuExecutor(Executor):
         rows = rows_of(module)
         assert rows is not None  # refusal was asked
         count = np.zeros(len(x), np.int64) if rule.count is None else rule.count.numpy()
-        kept = len(selection.weight) * rows.neurons // n if rule.count is None else int(count.sum())
-        many = kept >= SOME_PAIRS_FROM * len(rows.down)
+        enough = SOME_PAIRS_FROM * len(rows.down)
+        many = len(selection.weight) * (rows.neurons // n) >= enough and (rule.count is None or count.sum() >= enough)
         kernel = neuron_pairs if many and suits_pairs(module, x, n) else gated_neurons
         out = kernel(
             rows.gate_up,
