@@ -104,7 +104,8 @@ class CpuExecutor(Executor):
         """See ``Executor.run_some``; skipped up and down rows are skipped bytes, so it is for few tokens."""
         rows = rows_of(module)
         assert rows is not None  # refusal was asked
-        neurons = rows.neurons
+        neurons, blocks = rows.neurons, rule.blocks
+        rule.check(neurons // n)
         out = gated_neurons(
             rows.gate_up,
             rows.down,
@@ -113,8 +114,9 @@ class CpuExecutor(Executor):
             selection.sub_expert.numpy(),
             selection.weight.float().numpy(),
             rule.scale.view(-1, neurons // n).numpy(),
-            np.zeros(len(x), np.int64) if rule.count is None else rule.count.numpy(),
+            np.zeros(len(x), np.int64) if blocks is None else blocks.numpy(),
             0.0 if rule.threshold is None else rule.threshold,
+            rule.block,
             neurons,
             n,
         )
