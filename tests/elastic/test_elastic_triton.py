@@ -20,13 +20,16 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from making import elastic_model
 from test_elastic_some_neurons import by_hand
-from tiny import tiny_model
+from tiny import tiny_model, tokens
 from torch import Tensor, nn
 
+from moe_prism.elastic import budget, dial_of
 from moe_prism.elastic.executors import EXECUTORS, NeuronRule, choose_executor
 from moe_prism.elastic.executors import triton as executor_file
 from moe_prism.elastic.executors.triton import Tile, TritonExecutor, device_refusal, kept_blocks
+from moe_prism.elastic.plan import Plan
 from moe_prism.elastic.selection import Selection, gather_selection
 from moe_prism.errors import PrismError
 from moe_prism.experts import find_expert_layers
@@ -222,6 +225,19 @@ def test_blocks_of_sub_experts_of_several_tiles(tokens: int, experts: int) -> No
     with torch.no_grad():
         expected = by_hand(exact_twin(module), x.double(), doubles, 1, rule)
     agree(run_some(module, x, selection, 1, rule), expected, x)
+
+
+@needs_triton
+@pytest.mark.parametrize("k_active", [1, 2, 3])
+def test_a_model_runs_its_blocks_on_it(k_active: int, tmp_path) -> None:
+    how = {"num_sub_experts": 1, "neurons": "gate-first", "solver": "importance", "neuron_block": 16}
+    model = elastic_model("olmoe", tmp_path, **how).to(DEVICE)
+    dial, found = dial_of(model), []
+    dial.plan = Plan([1, 4, 4, 4], 16, 16)
+    for dial.executor in ("triton", "masked"):
+        with torch.no_grad(), budget(model, k_active):
+            found.append(model(tokens(batch=1, length=4).to(DEVICE)).logits)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
 
 
 @needs_triton
