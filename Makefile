@@ -132,15 +132,19 @@ frontier: $(VENV)/.dev ## quality at equal cost, method by method (hours) -> bui
 	$(BIN)/python tools/frontier.py --calibration $(CALIBRATION) $(DATA)/wikitext2/train-first1MB.txt --text $(VALID) \
 	  --mcq $(MCQ) $(ARGS)
 
-ablation: $(VENV)/.dev ## what each choice is worth, and N from 4 to 32; one seed (an hour) -> build/ablation/
+ablation: $(VENV)/.dev ## what each choice is worth, and N from 1 to 32; one seed (an hour) -> build/ablation/
 	$(BIN)/python tools/frontier.py --calibration $(CALIBRATION) --text $(VALID) --seeds 1 --tokens 8192 \
 	  --calibration-tokens 8192 --out build/ablation/n8/frontier.json --methods static "static, compensated" \
 	  "static, scaled" "static, renormalised" "static, folded" "static, folded, compensated" probe \
 	  "probe, compensated" gate-first "gate-first, compensated" \
-	  "gate-first, scaled" "gate-first, renormalised" ladder "ladder, compensated" $(ARGS)
+	  "gate-first, scaled" "gate-first, renormalised" "gate-first, blocks of 8" "gate-first, blocks of 24" \
+	  ladder "ladder, compensated" $(ARGS)
 	for n in 4 16 32; do $(BIN)/python tools/frontier.py --calibration $(CALIBRATION) --text $(VALID) --seeds 1 \
 	  --tokens 8192 --calibration-tokens 8192 --num-sub-experts $$n --out build/ablation/n$$n/frontier.json \
 	  --methods static gate-first "gate-first, compensated" ladder $(ARGS) || exit 1; done
+	for n in 1 3; do $(BIN)/python tools/frontier.py --calibration $(CALIBRATION) --text $(VALID) --seeds 1 \
+	  --tokens 8192 --calibration-tokens 8192 --num-sub-experts $$n --out build/ablation/n$$n/frontier.json \
+	  --methods static gate-first "gate-first, blocks of 8" "gate-first, blocks of 64" $(ARGS) || exit 1; done
 
 # Another MoE (seed, sizes, top-k, renormalised weights), so that nothing is tuned to the bundled one.
 SECOND := build/second/model

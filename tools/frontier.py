@@ -82,6 +82,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "gate-first, scaled": _STATIC | _NEURONS | {"compensation_budgets": 8, "recalibration": "scale"},
     "gate-first, renormalised": _STATIC | _NEURONS | {"recalibration": "renormalise"},
     "ladder, compensated": _STATIC | _NEURONS | {"shadow_bits": 4, "compensation_budgets": 8},
+    "gate-first, blocks of 8": _STATIC | _NEURONS | {"neuron_block": 8},
+    "gate-first, blocks of 24": _STATIC | _NEURONS | {"neuron_block": 24},
+    "gate-first, blocks of 64": _STATIC | _NEURONS | {"neuron_block": 64},
 }
 ALL = METHODS | ABLATIONS
 ORIGINAL = "original"

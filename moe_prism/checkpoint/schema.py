@@ -94,6 +94,11 @@ class ElasticConfig(_Frozen):
         description="For every budget K = 1..full_budget, how many sub-experts' gate rows are read before neurons are "
         "chosen inside them; K itself where all their neurons run. Null: no budget skips neurons.",
     )
+    neuron_block: int = Field(
+        default=1,
+        ge=1,
+        description="Neurons that are chosen together inside sub-experts, by the sum of their scores.",
+    )
     ladder: list[tuple[int, int, int]] | None = Field(
         default=None,
         description="For every budget K = 1..full_budget - 1: sub-experts whose gate rows are read at 4 bits, "
@@ -146,13 +151,18 @@ class ElasticConfig(_Frozen):
         return self
 
     def _check_plan(self) -> None:
+        size = self.num_neurons // self.num_sub_experts
+        if self.neuron_block > 1 and (self.scan is None or size % self.neuron_block):
+            raise ValueError(
+                f"neuron_block {self.neuron_block} needs scan, and sub-experts of {size} neurons that it divides"
+            )
         if self.scan is not None:
             if len(self.scan) != self.full_budget:
                 raise ValueError(
                     f"scan has {len(self.scan)} numbers, needed is one for every budget: {self.full_budget}"
                 )
             for k, scan in enumerate(self.scan, 1):
-                most = min(self.full_budget, 3 * k - 1)
+                most = min(self.full_budget, 3 * k - -(-2 * self.neuron_block // size))
                 if not k <= scan <= most:
                     raise ValueError(f"scan of budget {k} must be from {k} to {most}, got {scan}")
         if self.ladder is not None:

@@ -78,7 +78,7 @@ class LadderPlan(Plan):
         columns = zip(Rung(0, 0, 0), *rungs, everything, strict=True)
         self.scan, self.neurons, self.raised = (torch.tensor(column) for column in columns)
         self.skips = torch.tensor([False, *(True for _ in rungs), False])
-        self.size = size
+        self.size, self.block = size, 1
 
     def products(self, k_active: int) -> float:
         """Gate rows looked at, up and down rows that run, gate and up rows of raised neurons once more."""

@@ -152,7 +152,9 @@ def run_budgets(
     if step is not None and hidden_states.device.type == "cpu":  # elsewhere it decides nothing
         runs = (int(step.k_active.sum()) if step.pairs is None else step.pairs) / n
     what: What = "experts" if step is None else "parts" if neurons is None else "neurons"
-    executor = choose_executor(state.dial.executor, module, hidden_states, runs, what, n)
+    plan = state.dial.plan
+    block = 1 if plan is None else plan.block
+    executor = choose_executor(state.dial.executor, module, hidden_states, runs, what, n, block)
     if step is None and not executor.runs_full:
         own: Tensor = grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
         return own
@@ -180,16 +182,18 @@ def run_budgets(
             selection = folded(selection, state.fold, index)
         if neurons is None:
             out = executor.run(module, hidden_states, selection, n, scores.activations)
-        elif isinstance(state.dial.plan, LadderPlan):
+        elif isinstance(plan, LadderPlan):
             assert state.neuron_scale is not None  # attached together with the plan
             assert state.shadow is not None
-            raised = state.dial.plan.raised[step.k_active.cpu()]
+            raised = plan.raised[step.k_active.cpu()]
             out = run_ladder(
                 module, state.shadow, hidden_states, selection, n, state.neuron_scale, neurons, raised, executor
             )
         else:
             assert state.neuron_scale is not None  # attached together with the plan
-            out = executor.run_some(module, hidden_states, selection, n, NeuronRule(state.neuron_scale, neurons))
+            state.neuron_scale = state.neuron_scale.to(index.device)
+            rule = NeuronRule(state.neuron_scale, neurons, block=block)
+            out = executor.run_some(module, hidden_states, selection, n, rule)
         if state.compensation is not None:
             weights = top_k_weights if valid is None else top_k_weights.masked_fill(~valid, 0)
             out = state.compensation.apply(out, index, weights, step.k_active, selection)

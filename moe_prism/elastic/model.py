@@ -159,7 +159,7 @@ def dial_for(elastic: ElasticConfig) -> Dial:
     """The dial of a model of this checkpoint, at full budget."""
     dial = Dial(elastic.full_budget)
     if elastic.scan is not None:
-        dial.plan = Plan(elastic.scan, elastic.num_neurons // elastic.num_sub_experts)
+        dial.plan = Plan(elastic.scan, elastic.num_neurons // elastic.num_sub_experts, elastic.neuron_block)
     if elastic.ladder is not None:
         dial.plan = LadderPlan([Rung(*rung) for rung in elastic.ladder], elastic.num_neurons // elastic.num_sub_experts)
     if elastic.layer_budgets is not None:

@@ -12,12 +12,18 @@ from collections.abc import Sequence
 import torch
 
 
-def neurons_within(k_active: int, scan: int, size: int) -> int:
-    """Neurons whose up and down rows a budget pays for after ``scan`` sub-experts' gate rows.
+def most_looked_at(k_active: int, size: int, block: int = 1) -> int:
+    """Sub-experts whose gate rows a budget can read and still pay for up and down rows of one block of neurons."""
+    return 3 * k_active - -(-2 * block // size)
 
-    ``3 K size`` rows are paid, gate rows cost ``scan * size`` and a neuron that runs two more.
+
+def neurons_within(k_active: int, scan: int, size: int, block: int = 1) -> int:
+    """Neurons whose up and down rows a budget pays for after ``scan`` sub-experts' gate rows, in whole blocks.
+
+    ``3 K size`` rows are paid, gate rows cost ``scan * size`` and a neuron that runs two more. Rounding down keeps the
+    cost within the budget, ``most_looked_at`` leaves enough for a block.
     """
-    return min(scan * size, (3 * k_active - scan) * size // 2)
+    return min(scan * size, (3 * k_active - scan) * size // 2 // block * block)
 
 
 class Plan:
@@ -28,13 +34,14 @@ class Plan:
         neurons: int64 ``[full + 1]``, neurons that then run.
         skips: bool ``[full + 1]``, whether that is fewer than were looked at.
         size: neurons of a sub-expert.
+        block: neurons that are chosen together; it divides ``size``.
     """
 
-    def __init__(self, scan: Sequence[int], size: int) -> None:
-        """``scan[K - 1]`` for every budget K; ``size`` neurons of a sub-expert."""
-        self.size = size
+    def __init__(self, scan: Sequence[int], size: int, block: int = 1) -> None:
+        """``scan[K - 1]`` for every budget K; ``size`` neurons of a sub-expert, chosen in blocks of ``block``."""
+        self.size, self.block = size, block
         self.scan = torch.tensor([0, *scan])
-        self.neurons = torch.tensor([0, *(neurons_within(k, m, size) for k, m in enumerate(scan, 1))])
+        self.neurons = torch.tensor([0, *(neurons_within(k, m, size, block) for k, m in enumerate(scan, 1))])
         self.skips = torch.tensor([False, *(m > k for k, m in enumerate(scan, 1))])
 
     def products(self, k_active: int) -> float:

@@ -63,6 +63,7 @@ class OffloadExecutor(Executor):
         blocks = _required(module)
         selection = Selection(*(values.cpu() for values in selection))
         size = blocks.manager.layout.neurons
+        rule.check(size)
         hidden, score = torch.empty(2, len(selection.token), size)
         scale = rule.scale.view(-1, size)
         parts = list(parts_of(selection, blocks, x.shape[1]))
@@ -84,15 +85,16 @@ class OffloadExecutor(Executor):
 
 def _kept(token: Tensor, score: Tensor, rule: NeuronRule) -> Tensor:
     """The neurons that run, bool ``[S, c]``: a token's best over all of its pairs."""
-    if rule.count is None:
-        return score > rule.threshold  # type: ignore[operator]
+    score, count = rule.of_blocks(score), rule.blocks
+    if count is None:
+        return rule.of_neurons(score > rule.threshold)  # type: ignore[operator]
     flat = score.nan_to_num(torch.inf, torch.inf).flatten().numpy()
     owner = token.repeat_interleave(score.shape[1]).numpy()
     order = np.lexsort((-flat, owner))
-    begins = np.searchsorted(owner[order], np.arange(len(rule.count)))
+    begins = np.searchsorted(owner[order], np.arange(len(count)))
     rank = np.empty(len(flat), np.int64)
     rank[order] = np.arange(len(flat)) - begins[owner[order]]
-    return torch.from_numpy(rank < rule.count.numpy()[owner]).view_as(score)
+    return rule.of_neurons(torch.from_numpy(rank < count.numpy()[owner]).view_as(score))
 
 
 def _required(module: nn.Module) -> LayerBlocks:

@@ -111,13 +111,12 @@ def load_stock(source: str, dtype: str | torch.dtype = "auto") -> tuple[PreTrain
 
 
 def check_recipe(recipe: Recipe, layers: list[ExpertLayer]) -> tuple[Solver, Gate]:
-    """The recipe's solver and gate; raises PrismError where they, or N, do not fit the layers."""
+    """The recipe's solver and gate; raises PrismError where they, N or blocks do not fit the layers."""
     for layer in layers:
         if layer.num_neurons % recipe.num_sub_experts:
-            divisors = [n for n in range(1, layer.num_neurons + 1) if layer.num_neurons % n == 0]
             raise PrismError(
                 f"num_sub_experts must divide the {layer.num_neurons} neurons of an expert, got "
-                f"{recipe.num_sub_experts}; possible: {', '.join(map(str, divisors))}"
+                f"{recipe.num_sub_experts}; possible: {_divisors(layer.num_neurons)}"
             )
         same = (layers[0].num_experts, layers[0].num_neurons, layers[0].top_k)
         if (layer.num_experts, layer.num_neurons, layer.top_k) != same:
@@ -127,7 +126,17 @@ def check_recipe(recipe: Recipe, layers: list[ExpertLayer]) -> tuple[Solver, Gat
             f"switched_off must be from 1 to {recipe.num_sub_experts - 1} (num_sub_experts - 1), "
             f"got {recipe.switched_off}"
         )
+    size = layers[0].num_neurons // recipe.num_sub_experts
+    if size % recipe.neuron_block:
+        raise PrismError(
+            f"neuron_block must divide the {size} neurons of a sub-expert, got {recipe.neuron_block}; possible: "
+            f"{_divisors(size)}; or change num_sub_experts"
+        )
     return SOLVERS.create(recipe.solver, recipe.solver_options), GATES.create(recipe.gate, recipe.gate_options)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(each) for each in range(1, number + 1) if number % each == 0)
 
 
 def refactor_model(

@@ -62,6 +62,13 @@ class Recipe(BaseModel):
         "budgets count bytes, and a neuron is skipped, run at 4 bits or run at 8 (needs neurons: gate-first). "
         "0: no copy.",
     )
+    neuron_block: int = Field(
+        1,
+        ge=1,
+        description="Neurons that gate-first chooses together, consecutive ones of a sub-expert, by the sum of their "
+        "scores; it must divide the neurons of a sub-expert. 1: every neuron by itself, which loses least; blocks are "
+        "what a GPU can skip.",
+    )
     compensation_budgets: int = Field(
         0,
         ge=0,
@@ -130,11 +137,24 @@ class Recipe(BaseModel):
             raise ValueError("recalibration: renormalise fits nothing; set compensation_budgets: 0")
         if self.shadow_bits and self.neurons != "gate-first":
             raise ValueError(f"shadow_bits: {self.shadow_bits} needs neurons: gate-first, got {self.neurons}")
+        if self.neuron_block > 1:
+            self._check_blocks()
         if self.fold and self.neurons == "gate-first":
             raise ValueError("fold: true scales whole sub-experts; set neurons: all")
         if self.fold and self.finetune is not None:
             raise ValueError("finetune trains without folding; set fold: false")
         return self
+
+    def _check_blocks(self) -> None:
+        blocks = f"neuron_block: {self.neuron_block}"
+        if self.neurons != "gate-first":
+            raise ValueError(f"{blocks} needs neurons: gate-first, got {self.neurons}; or set neuron_block: 1")
+        if self.methods == "auto":
+            raise ValueError(f"{blocks} is not among the methods: auto tries; set methods: given or neuron_block: 1")
+        if self.shadow_bits:
+            raise ValueError(f"{blocks} needs shadow_bits: 0; the ladder takes single neurons (neuron_block: 1)")
+        if self.finetune is not None:
+            raise ValueError(f"{blocks} cannot be finetuned, since finetune trains single neurons; set neuron_block: 1")
 
     @staticmethod
     def load(path: Path) -> Recipe:

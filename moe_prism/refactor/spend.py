@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..elastic import budget, dial_of
-from ..elastic.plan import Plan
+from ..elastic.plan import Plan, most_looked_at
 from ..evaluation.measure import Run, measure
 
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
@@ -24,14 +24,18 @@ RATIOS = (1.0, 1.4, 1.8, 2.2, 2.6)
 TOKENS = 1024
 
 
-def scan_of(ratios: Sequence[float]) -> list[int]:
-    """Sub-experts to look at for the budgets 1, 2, ...; a budget can pay for looking at 3 K - 1 at most."""
+def scan_of(ratios: Sequence[float], size: int, block: int) -> list[int]:
+    """Sub-experts of ``size`` neurons to look at for the budgets 1, 2, ..., as far as a block can be paid after it."""
     full = len(ratios)
-    return [max(k, min(full, 3 * k - 1, round(ratio * k))) for k, ratio in enumerate(ratios, 1)]
+    return [max(k, min(full, most_looked_at(k, size, block), round(ratio * k))) for k, ratio in enumerate(ratios, 1)]
 
 
 def choose_scan(
-    model: PreTrainedModel, windows: Tensor, size: int, progress: Callable[[int, int], None] | None = None
+    model: PreTrainedModel,
+    windows: Tensor,
+    size: int,
+    block: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[int]:
     """The best number for every budget, by measurement.
 
@@ -39,6 +43,7 @@ def choose_scan(
         model: elastic, with neuron scales attached.
         windows: int64 ``[n, context]`` calibration tokens; the last ``TOKENS`` are used.
         size: neurons of a sub-expert.
+        block: neurons that are chosen together.
         progress: called with (forward passes done, in all).
     """
     full = dial_of(model).full_budget
@@ -48,15 +53,15 @@ def choose_scan(
     probes = sorted({max(1, round(share * full)) for share in SHARES})
     for k in probes:
         for ratio in RATIOS:
-            scan = scan_of([ratio] * full)
+            scan = scan_of([ratio] * full, size, block)
             name = f"{k} of {scan[k - 1]}"
-            runs[k, scan[k - 1]] = Run(name, partial(spending, model, k, Plan(scan, size)))
+            runs[k, scan[k - 1]] = Run(name, partial(spending, model, k, Plan(scan, size, block)))
     measured = measure(model, held, list(runs.values()), progress=progress)
     best = []
     for k in probes:
         found = {scan: measured[run.name].kl for (budget_, scan), run in runs.items() if budget_ == k}
         best.append(min(found, key=lambda scan: found[scan]) / k)
-    return scan_of(np.interp(np.arange(1, full + 1), probes, best).tolist())
+    return scan_of(np.interp(np.arange(1, full + 1), probes, best).tolist(), size, block)
 
 
 @contextmanager

@@ -106,10 +106,11 @@ def tune(
             elif skip:
                 scan = work.numbers("scan")
                 if scan is None:
-                    scan = choose_scan(model, windows, size, lambda done, total: tell("spend", done, total))
+                    report = partial(tell, "spend")
+                    scan = choose_scan(model, windows, size, recipe.neuron_block, report)
                     work.keep_numbers("scan", scan)
-                dial.plan = Plan(scan, size)
-                elastic = elastic.model_copy(update={"scan": scan})
+                dial.plan = Plan(scan, size, recipe.neuron_block)
+                elastic = elastic.model_copy(update={"scan": scan, "neuron_block": recipe.neuron_block})
             if recipe.fold:
                 factors = fit_folding(model, windows, lambda done, total: tell("fold", done, total))
                 for layer, state in elastic_layers(model):

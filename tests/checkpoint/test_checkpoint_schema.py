@@ -181,11 +181,23 @@ def test_import_is_light() -> None:
         ({"ladder": [(8, 16, 0)] * 7}, "reads more than budget 1 pays for"),
         ({"ladder": [(1, 1, 0)] * 7, "scan": list(range(1, 9))}, "two ways to spend a budget"),
         ({"recalibration": "median"}, "recalibration"),
+        ({"neuron_block": 2}, "neuron_block 2 needs scan"),
+        ({"neuron_block": 3, "scan": list(range(1, 9))}, "sub-experts of 2 neurons that it divides"),
+        ({"scan": [3, *range(2, 9)]}, "scan of budget 1 must be from 1 to 2, got 3"),
+        ({"scan": [2, *range(2, 9)], "neuron_block": 2}, "scan of budget 1 must be from 1 to 1, got 2"),
     ],
 )
-def test_impossible_ladders_and_recalibrations_are_refused(changes: dict, message: str) -> None:
+def test_impossible_plans_and_recalibrations_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         elastic_config(**changes)
+
+
+def test_checkpoints_from_before_blocks_choose_single_neurons() -> None:
+    blocks = elastic_config(scan=[1, 4, *range(3, 9)], neuron_block=2)
+    assert parse_elastic_config(json.loads(blocks.to_json())) == blocks
+    before = json.loads(elastic_config(scan=[2, *range(2, 9)]).to_json())
+    del before["neuron_block"]
+    assert parse_elastic_config(before).neuron_block == 1
 
 
 def test_a_ladder_survives_json() -> None:

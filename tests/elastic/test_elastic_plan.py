@@ -18,7 +18,7 @@ from moe_prism.elastic import budget, dial_of, set_budget
 from moe_prism.elastic.budgets import elastic_layers
 from moe_prism.elastic.compensation import Compensation, OutputScale, Renormalisation, interpolation, recalibration
 from moe_prism.elastic.executors import CpuExecutor
-from moe_prism.elastic.plan import Plan, neurons_within
+from moe_prism.elastic.plan import Plan, most_looked_at, neurons_within
 from moe_prism.elastic.selection import Selection
 from moe_prism.errors import PrismError
 from moe_prism.gates import LayerShape
@@ -34,6 +34,22 @@ def test_a_plan_never_costs_more_than_whole_sub_experts(k_active: int, size: int
     rows = scan * size + 2 * neurons
     assert rows <= 3 * k_active * size
     assert rows >= 3 * k_active * size - 1 or neurons == scan * size  # and leaves nothing over
+
+
+@given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 8), st.data())
+def test_blocks_cost_no_more_than_whole_sub_experts_and_one_always_runs(
+    k_active: int, block: int, blocks: int, data: st.DataObject
+) -> None:
+    size = block * blocks
+    most = most_looked_at(k_active, size, block)
+    scan = data.draw(st.integers(k_active, most))
+    neurons = neurons_within(k_active, scan, size, block)
+    assert block <= neurons <= scan * size
+    assert neurons % block == 0
+    assert scan * size + 2 * neurons <= 3 * k_active * size  # gate rows, up and down rows
+    assert scan * size + 2 * (neurons + block) > 3 * k_active * size or neurons == scan * size
+    assert (most + 1) * size + 2 * block > 3 * k_active * size  # looking at one more leaves too little for a block
+    assert neurons_within(k_active, k_active, size, block) == k_active * size
 
 
 def test_interpolation_is_linear_and_ends_at_zero() -> None:
@@ -164,6 +180,54 @@ def test_the_cost_counts_gates_neurons_and_vectors(model) -> None:
         assert moe_prism.cost_shares(model, 16) == (1.0, 1.0)
     finally:
         dial.plan = before
+
+
+@pytest.fixture(scope="module")
+def blocks_of_2(tmp_path_factory: pytest.TempPathFactory):
+    return elastic_model("olmoe", tmp_path_factory.mktemp("blocks"), **GATE_FIRST | {"neuron_block": 2})
+
+
+def test_blocks_reach_plan_and_cost(blocks_of_2) -> None:
+    dial = dial_of(blocks_of_2)
+    layer, _ = elastic_layers(blocks_of_2)[0]
+    before, scan, size = dial.plan, list(range(1, 17)), layer.num_neurons // 4
+    assert before.block == 2
+    assert not (before.neurons % 2).any()
+    try:
+        scan[6] = 10
+        dial.plan = Plan(scan, size, 4)
+        neurons = 20  # 84 rows are paid, 40 are gate rows: 22 neurons, in blocks of 4
+        vectors = 2 * layer.top_k * layer.hidden_size
+        expected = ((10 * size + 2 * neurons) * layer.hidden_size + vectors) / (
+            layer.top_k * layer.num_neurons * 3 * layer.hidden_size
+        )
+        assert moe_prism.cost_shares(blocks_of_2, 7) == pytest.approx((expected, expected))
+    finally:
+        dial.plan = before
+
+
+@pytest.mark.parametrize("k_active", [1, 5, 9])
+def test_executors_agree_on_blocks(blocks_of_2, k_active: int) -> None:
+    dial, found = dial_of(blocks_of_2), []
+    before = dial.plan
+    try:
+        dial.plan = Plan([max(k, min(16, 2 * k)) for k in range(1, 17)], before.size, 2)
+        for name in ("cpu", "masked"):
+            dial.executor = name
+            with budget(blocks_of_2, k_active):
+                found.append(logits(blocks_of_2))
+        dial.plan = Plan([max(k, min(16, 2 * k)) for k in range(1, 17)], before.size)
+        with budget(blocks_of_2, k_active):
+            single = logits(blocks_of_2)
+    finally:
+        dial.executor, dial.plan = "auto", before
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(found[0], single, atol=1e-3)  # blocks are another choice
+
+
+def test_full_budget_with_blocks_is_the_original(blocks_of_2) -> None:
+    with budget(blocks_of_2, "full"):
+        torch.testing.assert_close(logits(blocks_of_2), logits(tiny_model("olmoe")), atol=1e-5, rtol=1e-5)
 
 
 def test_floors_and_neurons_go_together(model) -> None:

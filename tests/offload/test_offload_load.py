@@ -57,8 +57,10 @@ def test_results_do_not_depend_on_what_is_cached(rule: str, tmp_path) -> None:
     assert all(torch.equal(other, found[0]) for other in found)
 
 
-def test_skipped_neurons_and_compensation_are_those_of_the_model_in_memory(tmp_path) -> None:
-    made = packed("olmoe", tmp_path, solver="importance", neurons="gate-first", compensation_budgets=2)
+@pytest.mark.parametrize("block", [1, 2])
+def test_skipped_neurons_and_compensation_are_those_of_the_model_in_memory(block: int, tmp_path) -> None:
+    how = {"solver": "importance", "neurons": "gate-first", "neuron_block": block, "compensation_budgets": 2}
+    made = packed("olmoe", tmp_path, **how)
     original = load_elastic(made.elastic, executor="masked", fast_linear=False)
     model, _ = load_resident(made.packed, "auto")
     manager = attach_blocks(model, BlockFile(made.packed / "blocks"), 20)

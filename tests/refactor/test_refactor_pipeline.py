@@ -98,6 +98,11 @@ def test_sampled_calibration_depends_on_the_seed_alone(stock) -> None:
 
 BAD = [
     ({"num_sub_experts": 5}, {}, "num_sub_experts must divide the 16 neurons of an expert, got 5; possible: 1, 2, 4"),
+    (
+        {"neurons": "gate-first", "neuron_block": 3},
+        {},
+        "neuron_block must divide the 4 neurons of a sub-expert, got 3; possible: 1, 2, 4; or change num_sub_experts",
+    ),
     ({"switched_off": 4}, {}, "switched_off must be from 1 to 3"),
     ({"solver": "magic"}, {}, "unknown solver 'magic'; known: annealing"),
     ({"gate": "magic"}, {}, "unknown gate 'magic'; known: linear"),
@@ -236,6 +241,22 @@ def test_recipes_round_trip_and_name_every_bad_field(tmp_path) -> None:
     path.write_text("a: [")
     with pytest.raises(PrismError, match="cannot be read"):
         Recipe.load(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"neuron_block": 0}, "neuron_block: Input should be greater than or equal to 1"),
+        ({"neuron_block": 8}, "neuron_block: 8 needs neurons: gate-first, got auto; or set neuron_block: 1"),
+        ({"neuron_block": 8, "neurons": "all"}, "needs neurons: gate-first, got all"),
+        ({"neuron_block": 8, "neurons": "gate-first", "methods": "auto"}, "methods: given or neuron_block: 1"),
+        ({"neuron_block": 8, "neurons": "gate-first", "shadow_bits": 4}, "neuron_block: 8 needs shadow_bits: 0"),
+        ({"neuron_block": 8, "neurons": "gate-first", "finetune": {"steps": 1}}, "trains single neurons"),
+    ],
+)
+def test_blocks_are_refused_where_nothing_would_choose_them(fields, message) -> None:
+    with pytest.raises(PrismError, match=message):
+        Recipe.of(fields)
 
 
 def test_every_recipe_field_is_documented() -> None:

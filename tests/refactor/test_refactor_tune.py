@@ -40,7 +40,8 @@ def test_budgets_to_fit_are_inside_the_dial() -> None:
 
 
 def test_scan_stays_payable() -> None:
-    assert scan_of([2.6] * 16) == [2, 5, 8, 10, 13, *[16] * 11]
+    assert scan_of([2.6] * 16, 4, 1) == scan_of([2.6] * 16, 4, 2) == [2, 5, 8, 10, 13, *[16] * 11]
+    assert scan_of([2.6] * 16, 4, 4) == [1, 4, 7, 10, 13, *[16] * 11]  # what is left must pay for a whole sub-expert
 
 
 def test_the_model_is_stock_again(tmp_path: Path) -> None:

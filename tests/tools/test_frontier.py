@@ -35,7 +35,8 @@ def test_every_method_is_measured_within_its_cost_and_only_once(
     stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.txt").write_text(WORDS * 2000)
-    methods = ["paper: proxy", "static", "gate-first, compensated", "ladder"]
+    monkeypatch.setitem(frontier.ALL, "gate-first, blocks of 2", frontier.ALL["gate-first"] | {"neuron_block": 2})
+    methods = ["paper: proxy", "static", "gate-first, compensated", "gate-first, blocks of 2", "ladder"]
     found = run(stock, tmp_path, monkeypatch, "--seeds", "2", "--methods", *methods)
     rows = found["rows"]
     assert {row["method"] for row in rows} == {

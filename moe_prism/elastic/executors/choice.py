@@ -29,7 +29,9 @@ MASKED_LARGE_NEURONS_FROM = (8, 32)
 CACHE_BYTES = 1 << 20
 
 
-def choose_executor(name: str, module: nn.Module, x: Tensor, runs: float, what: What = "parts", n: int = 1) -> Executor:
+def choose_executor(
+    name: str, module: nn.Module, x: Tensor, runs: float, what: What = "parts", n: int = 1, block: int = 1
+) -> Executor:
     """The named executor, or the fastest that can run this input.
 
     Args:
@@ -39,6 +41,7 @@ def choose_executor(name: str, module: nn.Module, x: Tensor, runs: float, what: 
         runs: experts that its tokens run together: T * k at full budget, and parts of experts count as parts.
         what: is to run; for "neurons" it must be able to skip some.
         n: sub-experts of one expert.
+        block: neurons that are chosen together.
 
     Raises:
         PrismError: the named executor cannot run this module or input; the message says why.
@@ -47,21 +50,21 @@ def choose_executor(name: str, module: nn.Module, x: Tensor, runs: float, what: 
     if name != AUTO:
         chosen = _executor(name)
         reason = chosen.refusal(module, x)
-        if some_neurons and not chosen.skips_neurons:
-            reason = "it cannot skip neurons, which this checkpoint does at that budget"
+        if some_neurons:
+            reason = chosen.skip_refusal(block) or reason
         if reason is not None:
             raise PrismError(f"executor {name!r} cannot run this layer: {reason}; use {AUTO!r} or another")
         return chosen
-    for candidate in map(_executor, _preferred(module, x, runs, what, n)):
-        if candidate.refusal(module, x) is None and (candidate.skips_neurons or not some_neurons):
+    for candidate in map(_executor, _preferred(module, x, runs, what, n, block)):
+        if candidate.refusal(module, x) is None and not (some_neurons and candidate.skip_refusal(block)):
             return candidate
     return _executor("masked" if some_neurons else "reference")
 
 
-def _preferred(module: nn.Module, x: Tensor, runs: float, what: What, n: int) -> tuple[str, ...]:
+def _preferred(module: nn.Module, x: Tensor, runs: float, what: What, n: int, block: int) -> tuple[str, ...]:
     if x.device.type != "cpu":
         return ("grouped",)
-    if what != "experts" and suits_pairs(module, x, n):
+    if what != "experts" and block == 1 and suits_pairs(module, x, n):
         return ("cpu",)
     enough = MASKED_FROM[what]
     if what == "neurons" and 3 * num_neurons(module) * x.shape[1] * x.element_size() > CACHE_BYTES:

@@ -108,24 +108,16 @@ class CpuExecutor(Executor):
         """See ``Executor.run_some``; for few tokens, skipped up and down rows are skipped bytes."""
         rows = rows_of(module)
         assert rows is not None  # refusal was asked
-        count = np.zeros(len(x), np.int64) if rule.count is None else rule.count.numpy()
+        rule.check(rows.neurons // n)
+        blocks = np.zeros(len(x), np.int64) if rule.blocks is None else rule.blocks.numpy()
+        pairs = selection.token.numpy(), selection.sub_expert.numpy(), selection.weight.float().numpy()
+        scale = rule.scale.view(-1, rows.neurons // n).numpy()
+        work = rows.gate_up, rows.down, _tokens(x), *pairs, scale, blocks, rule.threshold or 0.0
         enough = SOME_PAIRS_FROM * len(rows.down)
-        many = len(selection.weight) * (rows.neurons // n) >= enough and (rule.count is None or count.sum() >= enough)
-        kernel = neuron_pairs if many and suits_pairs(module, x, n) else gated_neurons
-        out = kernel(
-            rows.gate_up,
-            rows.down,
-            _tokens(x),
-            selection.token.numpy(),
-            selection.sub_expert.numpy(),
-            selection.weight.float().numpy(),
-            rule.scale.view(-1, rows.neurons // n).numpy(),
-            count,
-            0.0 if rule.threshold is None else rule.threshold,
-            rows.neurons,
-            n,
-        )
-        return from_rows(out, x)
+        many = len(selection.weight) * (rows.neurons // n) >= enough and (rule.blocks is None or blocks.sum() >= enough)
+        if many and rule.block == 1 and suits_pairs(module, x, n):
+            return from_rows(neuron_pairs(*work, rows.neurons, n), x)
+        return from_rows(gated_neurons(*work, rule.block, rows.neurons, n), x)
 
 
 def _tokens(x: Tensor) -> NDArray[np.generic]:

@@ -65,6 +65,7 @@ class MaskedExecutor(Executor):
 
 def _some_of(module: nn.Module, x: Tensor, selection: Selection, n: int, rule: NeuronRule) -> Tensor:
     neurons = num_neurons(module)
+    rule.check(neurons // n)
     if not len(selection.token):
         return torch.zeros_like(x)
     token, slot, part = selection.token, selection.slot, selection.sub_expert % n
@@ -107,10 +108,12 @@ def runs_of(counts: list[int]) -> Iterator[tuple[int, slice]]:
 
 
 def kept(score: Tensor, rule: NeuronRule) -> Tensor:
-    """The neurons that run, bool ``[T, S]``; a score of -1 is of a neuron that cannot."""
-    if rule.count is None:
-        return score > rule.threshold  # type: ignore[operator]
-    return best_neurons(score, rule.count)
+    """The neurons that run, bool ``[T, S]``; a score of -1 is of a neuron that cannot, with its whole block."""
+    by_block = rule.of_blocks(score)
+    blocks = rule.blocks
+    if blocks is None:
+        return rule.of_neurons(by_block > rule.threshold)  # type: ignore[operator]
+    return rule.of_neurons(best_neurons(by_block, blocks))
 
 
 def best_neurons(score: Tensor, count: Tensor) -> Tensor:

@@ -4,15 +4,18 @@ Gate, up and activation are one kernel, down is a second one; both walk the pack
 as cheap as its size. A third adds every token's pairs in a fixed order, so results repeat bit for bit.
 Launches depend on shapes alone: no value is read back by the host. Triton is imported when it is first
 used. Knows nothing of biases and of activations other than SiLU.
+
+Where neurons are chosen in blocks, a gate kernel scores them first, and the tiles of up and down weights of a block
+that no token of the tile keeps are not read. Blocks are chosen on the device as well.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +23,12 @@ from torch import Tensor, nn
 from ...experts.neurons import is_plain
 from ...experts.packing import packed_rows
 from ..selection import Selection
-from .base import EXECUTORS, Executor
+from .base import EXECUTORS, Executor, NeuronRule
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PAIRS_ADDED_AT_ONCE = 16
+# The shortest side of a product that matrix units take: no tile lies in a smaller block of neurons.
+_LEAST_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,22 @@ class Tile:
 @EXECUTORS.register("triton")
 @dataclass(frozen=True)
 class TritonExecutor(Executor):
-    """Three Triton kernels; gated SiLU experts without biases.
+    """Three Triton kernels, four where blocks of neurons are skipped; gated SiLU experts without biases.
 
     The height of a tile follows the mean number of pairs of a sub-expert. Between batches with the same
     height a token's result is bit for bit the same, otherwise it is to rounding.
     """
+
+    skips_neurons: ClassVar[bool] = True
+
+    def skip_refusal(self, block: int) -> str | None:
+        """Needs blocks that tiles fit into."""
+        if block % _LEAST_BLOCK:
+            return (
+                f"it skips neurons in blocks of a multiple of {_LEAST_BLOCK} (neuron_block of a recipe), and this "
+                f"checkpoint chooses them in blocks of {block}"
+            )
+        return None
 
     def refusal(self, module: nn.Module, x: Tensor) -> str | None:
         """Needs Triton, a GPU (or Triton's interpreter), packed weights in the usual layout, and SiLU."""
@@ -110,9 +126,7 @@ class TritonExecutor(Executor):
         x, token, weight = x.contiguous(), selection.token.contiguous(), selection.weight.contiguous()
         starts = _starts(selection.sub_expert, groups)
         shape = {"GROUPS": groups, "SIZE": size, "HIDDEN": hidden, "WIDTH": _power_of_two(groups)}
-        activations, outputs, out = x.new_empty(pairs, size), x.new_empty(pairs, hidden), torch.empty_like(x)
-        by_token, order = torch.sort(token, stable=True)
-        token_starts = _starts(by_token, len(x))
+        activations, outputs = x.new_empty(pairs, size), x.new_empty(pairs, hidden)
         with torch.cuda.device_of(x):  # Triton launches on the current device
             tile = Tile.of(pairs, groups, hidden, 32, item)
             kernels.activate[tile.grid(pairs, groups, size)](
@@ -122,11 +136,72 @@ class TritonExecutor(Executor):
             kernels.project[tile.grid(pairs, groups, hidden)](
                 activations, rows.down, weight, starts, outputs, **shape, **_options(tile)
             )
-            cols = min(256, _power_of_two(hidden))
-            kernels.add_pairs[(len(x), -(-hidden // cols))](
-                outputs, order, token_starts, out, HIDDEN=hidden, ROWS=_PAIRS_ADDED_AT_ONCE, COLS=cols
+        return _added(outputs, token, x)
+
+    def run_some(self, module: nn.Module, x: Tensor, selection: Selection, n: int, rule: NeuronRule) -> Tensor:
+        """See ``Executor.run_some``; for blocks that ``skip_refusal`` takes."""
+        rows = packed_rows(module)
+        assert rows is not None  # refusal was asked
+        pairs = len(selection.token)
+        if not pairs:
+            return torch.zeros_like(x)
+        kernels = _block_kernels()
+        experts, neurons, hidden = rows.down.shape
+        groups, size, item, block = experts * n, neurons // n, x.element_size(), rule.block
+        rule.check(size)
+        x, token, weight = x.contiguous(), selection.token.contiguous(), selection.weight.contiguous()
+        scale = rule.scale.to(x.device).contiguous()
+        starts = _starts(selection.sub_expert, groups)
+        shape = {"GROUPS": groups, "SIZE": size, "HIDDEN": hidden, "WIDTH": _power_of_two(groups)}
+        activations, outputs = x.new_empty(pairs, size), x.new_empty(pairs, hidden)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            inside = block & -block  # the largest power of two that divides it
+            tile = Tile.of(pairs, groups, hidden, 32, item)
+            tile = replace(tile, cols=min(tile.cols, inside))
+            grid, options = tile.grid(pairs, groups, size), shape | {"NEURONS": neurons} | _options(tile)
+            gates = torch.empty(pairs, size, device=x.device)
+            score = torch.empty(pairs, size // tile.cols, device=x.device)
+            kernels.score_gates[grid](x, rows.gate_up, token, weight, scale, starts, gates, score, **options)
+            keep = kept_blocks(token, score.view(pairs, size // block, -1).sum(2), rule)
+            kernels.multiply_up[grid](x, rows.gate_up, token, starts, gates, keep, activations, BLOCK=block, **options)
+            tile = Tile.of(pairs, groups, size, 64, item)
+            tile = replace(tile, depth=min(tile.depth, inside))
+            kernels.project_blocks[tile.grid(pairs, groups, hidden)](
+                activations, rows.down, starts, keep, outputs, BLOCK=block, **shape, **_options(tile)
             )
-        return out
+        return _added(outputs, token, x)
+
+
+def kept_blocks(token: Tensor, score: Tensor, rule: NeuronRule) -> Tensor:
+    """Which blocks run, int32 ``[S, B]``: a token's best over all of its pairs, the first ones among equals.
+
+    Args:
+        token: int64 ``[S]``.
+        score: fp32 ``[S, B]``, of every block of every pair; NaN is kept like infinity.
+        rule: how many, or from which score on.
+    """
+    score, count = score.nan_to_num(torch.inf, torch.inf), rule.blocks
+    if count is None:
+        return (score > rule.threshold).int()  # type: ignore[operator]
+    best = torch.argsort(score.flatten(), descending=True, stable=True)
+    owner = token.repeat_interleave(score.shape[1])[best]
+    owner, by_token = torch.sort(owner, stable=True)
+    rank = torch.arange(len(owner), device=owner.device) - torch.searchsorted(owner, owner)
+    keep = torch.empty(len(owner), dtype=torch.int32, device=owner.device)
+    keep[best[by_token]] = (rank < count.to(owner.device)[owner]).int()
+    return keep.view_as(score)
+
+
+def _added(outputs: Tensor, token: Tensor, x: Tensor) -> Tensor:
+    """The sum of every token's pairs ``[S, H]``, shaped as ``x``; zero for a token that has none."""
+    out, hidden = torch.empty_like(x), x.shape[1]
+    by_token, order = torch.sort(token, stable=True)
+    cols = min(256, _power_of_two(hidden))
+    with torch.cuda.device_of(x):
+        _kernels().add_pairs[(len(x), -(-hidden // cols))](
+            outputs, order, _starts(by_token, len(x)), out, HIDDEN=hidden, ROWS=_PAIRS_ADDED_AT_ONCE, COLS=cols
+        )
+    return out
 
 
 def device_refusal(device: torch.device) -> str | None:
@@ -157,6 +232,13 @@ def _kernels() -> Any:
     from . import triton_kernels
 
     return triton_kernels
+
+
+@cache
+def _block_kernels() -> Any:
+    from . import triton_block_kernels
+
+    return triton_block_kernels
 
 
 def _starts(values: Tensor, count: int) -> Tensor:

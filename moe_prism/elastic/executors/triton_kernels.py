@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 
 
-def _kernel(function: Callable[..., Any]) -> Any:
+def kernel(function: Callable[..., Any]) -> Any:
     """``triton.jit`` with a type, so that kernels are checked where Triton is not installed."""
     return triton.jit(function)
 
 
-@_kernel
-def _find_tile(
+@kernel
+def find_tile(
     starts: tl.tensor, tile: tl.tensor, ROWS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr
 ) -> tl.tuple:
     """Group, first pair and end of the group of a tile; an end of 0 where no such tile is needed."""
@@ -36,14 +36,15 @@ def _find_tile(
     return found, row, tl.sum(tl.where(mine, end, 0), 0)
 
 
-@_kernel
-def _dot(a: tl.tensor, b: tl.tensor, total: tl.tensor, WIDEN: tl.constexpr) -> tl.tensor:
+@kernel
+def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor, WIDEN: tl.constexpr) -> tl.tensor:
+    """``a @ b + total`` in fp32."""
     if WIDEN:  # Triton's interpreter would multiply the bits of bfloat16 as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
 
 
-@_kernel
+@kernel
 def activate(
     x: tl.tensor,
     gate_up: tl.tensor,
@@ -78,7 +79,7 @@ def activate(
         DEPTH: step along HIDDEN.
         WIDEN: multiply in fp32.
     """
-    group, row, end = _find_tile(starts, tl.program_id(0), ROWS, GROUPS, WIDTH)
+    group, row, end = find_tile(starts, tl.program_id(0), ROWS, GROUPS, WIDTH)
     if row < end:
         rows = row + tl.arange(0, ROWS)
         cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -99,14 +100,14 @@ def activate(
             a = tl.load(tokens_at + k, mask=live & known[None, :], other=0.0)
             w = tl.load(gate_at + k, mask=inside & known[:, None], other=0.0)
             v = tl.load(up_at + k, mask=inside & known[:, None], other=0.0)
-            gate = _dot(a, w, gate, WIDEN)
-            up = _dot(a, v, up, WIDEN)
+            gate = dot(a, w, gate, WIDEN)
+            up = dot(a, v, up, WIDEN)
         result = gate * tl.sigmoid(gate) * up
         out_at = out + rows[:, None].to(tl.int64) * SIZE + cols[None, :]
         tl.store(out_at, result.to(out.dtype.element_ty), mask=live & inside)
 
 
-@_kernel
+@kernel
 def project(
     activations: tl.tensor,
     down: tl.tensor,
@@ -139,7 +140,7 @@ def project(
         DEPTH: step along SIZE.
         WIDEN: multiply in fp32.
     """
-    group, row, end = _find_tile(starts, tl.program_id(0), ROWS, GROUPS, WIDTH)
+    group, row, end = find_tile(starts, tl.program_id(0), ROWS, GROUPS, WIDTH)
     if row < end:
         rows = row + tl.arange(0, ROWS)
         cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -153,13 +154,13 @@ def project(
             known = step < SIZE - k
             a = tl.load(active_at + k, mask=live & known[None, :], other=0.0)
             w = tl.load(down_at + k * HIDDEN, mask=inside & known[:, None], other=0.0)
-            total = _dot(a, w, total, WIDEN)
+            total = dot(a, w, total, WIDEN)
         scale = tl.load(weight + rows, mask=rows < end, other=0.0).to(tl.float32)
         out_at = out + rows[:, None].to(tl.int64) * HIDDEN + cols[None, :]
         tl.store(out_at, (total * scale[:, None]).to(out.dtype.element_ty), mask=live & inside)
 
 
-@_kernel
+@kernel
 def add_pairs(
     pairs: tl.tensor,
     order: tl.tensor,

@@ -135,6 +135,21 @@ def keep_best(score: Array, token: Array, count: Array, threshold: float) -> Any
 
 
 @serial
+def _keep_blocks(score: Array, token: Array, count: Array, threshold: float, block: int) -> Any:
+    """``keep_best`` of runs of ``block`` neurons by the sums of their scores; ``count`` is of blocks."""
+    if block == 1:
+        return keep_best(score, token, count, threshold)
+    pairs, size = score.shape
+    sums = np.zeros((pairs, size // block), np.float32)
+    for s in range(pairs):
+        for c in range(size):
+            sums[s, c // block] += score[s, c]
+    pair, which = keep_best(sums, token, count, threshold)
+    inside = np.arange(pair.shape[0] * block) % block
+    return np.repeat(pair, block), np.repeat(which * block, block) + inside
+
+
+@serial
 def _run_neurons(
     gate_up: Array, down: Array, x: Array, active: Array, up_row: Array, down_row: Array, token: Array, out: Array
 ) -> None:
@@ -166,6 +181,7 @@ def _gated_neurons(
     scale: Array,
     count: Array,
     threshold: float,
+    block: int,
     neurons: int,
     n: int,
 ) -> Array:
@@ -185,7 +201,7 @@ def _gated_neurons(
             row = which // n * 2 * neurons + which % n * size + begin
             multiply_run(gate_up, row, end - begin, tokens, token, s0, s1, gate, begin)
             score_gates(gate, score, s0, s1, begin, end, weight, scale, which)
-    pair, neuron = keep_best(score, token, count, threshold)
+    pair, neuron = _keep_blocks(score, token, count, threshold, block)
     down_row = sub_expert[pair] * size + neuron
     up_row = down_row + (sub_expert[pair] // n + 1) * neurons  # experts before it: C rows of gate and C of up each
     owner = token[pair]
@@ -202,7 +218,7 @@ def _gated_neurons(
 gated_neurons = Kernel(serial(_gated_neurons), parallel(_gated_neurons))
 """The kept neurons of selected sub-experts.
 
-Called as ``gated_experts``, with ``scale`` fp32 ``[E * n, C / n]`` in place of ``known``, then count int64 ``[T]`` and
-threshold: a neuron's score is ``weight * |silu(gate)| * scale``; each token runs its ``count`` best, or with a count of
-0 those above the threshold.
+Called as ``gated_experts``, with ``scale`` fp32 ``[E * n, C / n]`` in place of ``known``, then count int64 ``[T]``,
+threshold and block: a neuron's score is ``weight * |silu(gate)| * scale``, a block's the sum of its ``block`` neurons';
+each token runs its ``count`` best blocks, or with a count of 0 those above the threshold.
 """
