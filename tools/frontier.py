@@ -287,7 +287,7 @@ def plot(rows: list[Any], path: Path) -> None:
             yscale="log",
             title=text,
             xlabel="total routed cost",
-            ylabel="excess loss, nats per token (drawn at 0.0001 where lower)",
+            ylabel="excess loss, nats per token\n(drawn at 0.0001 where lower)",
         )
         panel.grid(alpha=0.3)
     figure.legend(*panels[0][0].get_legend_handles_labels(), fontsize=8, ncols=4, loc="lower center")
