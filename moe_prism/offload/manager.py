@@ -143,7 +143,7 @@ class Manager:
                 self.statistics.misses += 1
                 if not self.cache.loading(block):
                     self._wanted[block] = None
-            self._change.notify_all()
+            self._call_readers()
         return Step(self, wanted)
 
     def read_ahead(self, blocks: Iterable[int]) -> None:
@@ -166,6 +166,11 @@ class Manager:
                 good = probe or self._trust.get((layer, quarter), _FIRST_TRUST[quarter]) >= TRUST
                 if good and block not in self.cache.place and block not in self._wanted:
                     self._ahead[block] = quarter
+            self._call_readers()
+
+    def _call_readers(self) -> None:
+        """Wake them if there is something to read: they take turns on the processor. The lock is held."""
+        if self._wanted or self._ahead:
             self._change.notify_all()
 
     def _layer(self, block: int) -> int:
@@ -302,4 +307,4 @@ class Step:
                 del self._left[position]
                 manager.cache.let_go(self._blocks[position])
                 manager._wanted.pop(self._blocks[position], None)
-            manager._change.notify_all()
+            manager._call_readers()  # a place may have become free
