@@ -20,7 +20,7 @@ from vllm.platforms import current_platform
 
 from ..elastic.compensation import Compensation, OutputScale, Recalibration
 from ..elastic.dial import Dial, StepBudgets
-from ..elastic.executors.panels import PANELS, Panels, panels_suit
+from ..elastic.executors.panels import PANELS, Panels, panels_suit, run_whole
 from ..elastic.layer import require_state, run_budgets
 from ..elastic.model import attach_layer, check_weights, dial_for
 from ..errors import UnsupportedModelError
@@ -137,8 +137,8 @@ class ElasticMethod(UnquantizedFusedMoEMethod):
     def _whole(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         assert self._held is not None  # weights were loaded
         module = self._held.experts
-        if self._dial.executor == PANELS:
-            return run_budgets(require_state(module, self.name), module, x, topk_ids.long(), topk_weights, None)
+        if module.panels is not None:
+            return run_whole(module.panels, x, topk_ids, topk_weights.float())
         if self._once:
             virtual: VirtualExperts = module.virtual
             return virtual.run(x, *all_sub_experts(topk_weights, topk_ids, self._setup.elastic.num_sub_experts))

@@ -7,7 +7,6 @@ of policies.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,6 +79,9 @@ def profile(
 ) -> CostModel:
     """Run every scene, after one to warm up, and fit.
 
+    The engine has a process of its own, as when it serves: there vLLM chooses libraries and threads that this process
+    cannot change any more.
+
     Args:
         path: an elastic checkpoint.
         grid: what to measure.
@@ -89,7 +91,6 @@ def profile(
     Raises:
         PrismError: vLLM is not installed, or the checkpoint cannot be served by it.
     """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     try:
         from vllm import LLM
     except ImportError as error:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from moe_prism.elastic.executors import EXECUTORS
-from moe_prism.elastic.executors.panels import Panels, PanelsExecutor, panels_suit
+from moe_prism.elastic.executors.panels import Panels, PanelsExecutor, panels_suit, run_whole
 from moe_prism.elastic.kernels.dots import has_products_of_pairs
 from moe_prism.elastic.selection import Selection, gather_selection, whole_experts
 
@@ -112,6 +112,20 @@ def test_a_token_gets_bit_for_bit_what_it_gets_alone(monkeypatch: pytest.MonkeyP
             assert torch.equal(together[one], alone)
             if chosen[t].all():  # whole experts, or all sub-experts of them: the same sums
                 assert torch.equal(whole[one], alone)
+
+
+@needs_pairs
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_whole_experts_in_one_call(threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    experts = Experts(64, 48, 2)
+    for count in (0, 1, 17):
+        x, weights, index = tokens(count, 64)
+        expected = PanelsExecutor().run(experts, x, whole_experts(index, weights, None), 1)
+        # as a router's result may lie: not contiguous
+        strided = torch.stack([index, index], dim=2).to(dtype)[:, :, 1], torch.stack([weights, weights], dim=2)[:, :, 0]
+        assert torch.equal(run_whole(experts.panels, x, *strided), expected)
 
 
 @needs_pairs

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..kernels.dots import COLUMNS, has_products_of_pairs
-from ..kernels.gated_panels import NEURONS, gated_panels
+from ..kernels.gated_panels import NEURONS, gated_panels, whole_panels
 from ..selection import Selection
 from .base import EXECUTORS, Executor
 from .rows import as_rows, from_rows
@@ -109,3 +109,16 @@ class PanelsExecutor(Executor):
             panels.n // n,
         )
         return from_rows(out, x)
+
+
+def run_whole(panels: Panels, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """All of every token's routed experts: what the executor gives for ``whole_experts``, with less around the kernel.
+
+    Args:
+        panels: of the layer.
+        x: bfloat16 ``[T, H]``.
+        index: int32 or int64 ``[T, k]``.
+        weights: fp32 ``[T, k]``.
+    """
+    tokens = as_rows(x.contiguous())
+    return from_rows(whole_panels(panels.gate_up, panels.down, tokens, index.numpy(), weights.numpy(), panels.n), x)

@@ -99,7 +99,8 @@ def _gated_panels(
     return out
 
 
-gated_panels = Kernel(serial(_gated_panels), parallel(_gated_panels))
+_on_one, _on_many = serial(_gated_panels), parallel(_gated_panels)
+gated_panels = Kernel(_on_one, _on_many)
 """Gate and up projections, activation and down projection of selected units, each of ``parts`` sub-experts in a row.
 
 Called with: gate_up uint32 ``[S * c / 32, H / 2, 64]``, panels of S sub-experts of c neurons; down uint32
@@ -108,4 +109,34 @@ weight fp32 ``[P]``; parts. c is a multiple of 32, H of 64. Returns bits of bflo
 activations are rounded before the down projection. A token's result depends neither on the other tokens nor on the
 number of threads, nor on whether whole experts or all their sub-experts are named. Only where
 ``dots.has_products_of_pairs``.
+"""
+
+
+@serial
+def _whole_on_one(threads: int, gate_up: Array, down: Array, x: Array, index: Array, weight: Array, n: int) -> Array:
+    token, expert, weights = _pairs(index, weight)
+    return _on_one(threads, gate_up, down, x, token, expert, weights, n)
+
+
+@serial
+def _whole_on_many(threads: int, gate_up: Array, down: Array, x: Array, index: Array, weight: Array, n: int) -> Array:
+    token, expert, weights = _pairs(index, weight)
+    return _on_many(threads, gate_up, down, x, token, expert, weights, n)
+
+
+@serial
+def _pairs(index: Array, weight: Array) -> Any:
+    """(token, expert) of every slot, sorted by expert."""
+    k = index.shape[1]
+    order = np.argsort(index.copy().reshape(-1), kind="mergesort")  # stable: an expert's tokens in their order
+    token, expert, weights = order // k, np.empty(len(order), np.int64), np.empty(len(order), np.float32)
+    for i in range(len(order)):
+        expert[i], weights[i] = index[token[i], order[i] % k], weight[token[i], order[i] % k]
+    return token, expert, weights
+
+
+whole_panels = Kernel(_whole_on_one, _whole_on_many)
+"""The same for all routed experts of all tokens, of n sub-experts each, in one call.
+
+Called with: gate_up, down, x; index int32 or int64 ``[T, k]``, routed experts; weight fp32 ``[T, k]``; n.
 """
