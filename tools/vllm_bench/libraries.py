@@ -1,7 +1,7 @@
 """The libraries that vLLM preloads in the processes of its workers, for one that runs an engine of its own.
 
 With torch's OpenMP for everybody, torch, vLLM's kernels and ours share one pool of threads; without it there are two or
-three, and a step of one request takes a quarter longer, with the plugin or without.
+three, and a step of one request takes a fifth longer, with the plugin or without (docs/log.md).
 """
 
 from __future__ import annotations
