@@ -7,6 +7,7 @@ of policies.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ def profile(
     Raises:
         PrismError: vLLM is not installed, or the checkpoint cannot be served by it.
     """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of that process
     try:
         from vllm import LLM
     except ImportError as error:
@@ -122,6 +124,7 @@ def profile(
             _drive(llm, scene, grid, vocabulary)
         if progress is not None:
             progress("measuring steps", len(scenes), len(scenes))
+        llm.llm_engine.engine_core.shutdown()
         rows = [json.loads(line) for line in record.read_text().splitlines()]
     return fit_held_out(
         [StepLoad(*row[:-1]) for row in rows],
