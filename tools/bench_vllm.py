@@ -5,10 +5,11 @@
 
 Both engines serve one elastic checkpoint, stock vLLM (with plugins off) as the original model that it is. (1) decode
 steps of 1 and 8 requests: stock, and with the plugin at full budget, at 9 of 32, and half of the requests at each. The
-engines are alive at the same time in processes of their own and take turns case by case. (2) with ``--serve COST``, a
-cost model of ``moe-prism vllm-cost``: Poisson arrivals over HTTP at a load that full budget cannot sustain, floors
-mixed, stock and elastic servers in turns. Goodput counts requests whose first token and later tokens were
-all in time. Interrupted between the two, it goes on with the second.
+engines are alive at the same time in processes of their own, with the libraries that vLLM gives its workers, and
+take turns case by case. (2) with ``--serve COST``, a cost model of ``moe-prism
+vllm-cost``: Poisson arrivals over HTTP at a load that full budget cannot sustain, floors mixed, stock and elastic
+servers in turns. Goodput counts requests whose first token and later tokens were all in time. Interrupted between the
+two, it goes on with the second.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from vllm_bench.goodput import goodput
+from vllm_bench.libraries import preloaded
 
 from moe_prism.checkpoint.atomic import replace_file
 from moe_prism.checkpoint.read import open_checkpoint
@@ -38,7 +40,7 @@ class Worker:
     """An engine in a process."""
 
     def __init__(self, checkpoint: Path, kind: str, options: dict[str, Any]) -> None:
-        environment = {**os.environ, "PYTHONPATH": f"{TOOLS}:{TOOLS.parent}"}
+        environment = {**os.environ, "PYTHONPATH": f"{TOOLS}:{TOOLS.parent}", "LD_PRELOAD": preloaded()}
         command = [sys.executable, "-m", "vllm_bench.worker", str(checkpoint), kind, json.dumps(options)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -1,4 +1,4 @@
-"""The experts of one MoE layer in vLLM: at full budget vLLM's own kernel, below it the layer of ``elastic``.
+"""The experts of one MoE layer in vLLM: the layer of ``elastic``, or at full budget vLLM's own kernel.
 
 A vLLM quantisation method is what owns an expert layer's weights and runs them, so ours takes the place of the
 unquantised one. Knows nothing of requests.
@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 
 from ..elastic.compensation import Compensation, OutputScale, Recalibration
 from ..elastic.dial import Dial, StepBudgets
+from ..elastic.executors.panels import PANELS, Panels, panels_suit, run_whole
 from ..elastic.layer import require_state, run_budgets
 from ..elastic.model import attach_layer, check_weights, dial_for
 from ..errors import UnsupportedModelError
@@ -75,14 +76,17 @@ class ElasticMethod(UnquantizedFusedMoEMethod):
     def _stacked(self, layer: Any) -> StackedExperts:
         elastic = self._setup.elastic
         n = elastic.num_sub_experts
-        module = StackedExperts(layer.w13_weight.data.clone(), layer.w2_weight.data.clone())
+        weights = layer.w13_weight.data, layer.w2_weight.data
+        module = StackedExperts(*(w if self._once else w.clone() for w in weights))
         parallel = self.moe.moe_parallel_config
         if parallel.tp_size == 1:
             check_weights(module, self.name, self._tensors)
         if self._dial.executor == NAME:
             module.virtual = VirtualExperts.of(module.gate_up_proj, module.down_proj, n, self.experts_cls.isa)
+        elif self._dial.executor == PANELS:
+            module.panels = Panels.of(module.gate_up_proj.detach(), module.down_proj.detach(), n)
         state = attach_layer(module, self.name, self._dial, elastic, self._tensors)
-        if module.virtual is not None:
+        if self._dial.executor in (NAME, PANELS):
             forget_weights(module, n, getattr(state.gate, "gate_neurons", 0))
         if parallel.tp_rank:
             _add_nothing(state.compensation)
@@ -90,7 +94,8 @@ class ElasticMethod(UnquantizedFusedMoEMethod):
 
     @property
     def _once(self) -> bool:
-        return self._dial.executor == NAME and self._setup.options.save_memory
+        """Whether full budget runs on the sub-experts too, so that vLLM need not keep the weights."""
+        return self._dial.executor == PANELS or (self._dial.executor == NAME and self._setup.options.save_memory)
 
     def apply(
         self,
@@ -101,7 +106,7 @@ class ElasticMethod(UnquantizedFusedMoEMethod):
         shared_experts: Any,
         shared_experts_input: Tensor | None,
     ) -> Tensor:
-        """vLLM's own path where everybody is at full budget; a compiled graph decides that when it runs."""
+        """Budgets are looked at now, or in a compiled graph when it runs."""
         if torch.compiler.is_compiling():
             out: Tensor = torch.ops.moe_prism.vllm_experts(x, topk_weights, topk_ids, self._id)
             return out
@@ -110,35 +115,39 @@ class ElasticMethod(UnquantizedFusedMoEMethod):
     def run(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """``[T, H]`` of ``[T, H]`` and the router's ``[T, k]`` weights and ids.
 
-        Tokens at full budget take vLLM's own path, beside others too if they are many; a few share the others' call
-        on a CPU, since weights that both need are then read once.
+        Tokens at full budget need no scores and run apart, beside others too if they are many; a few share the others'
+        call on a CPU, since weights that both need are then read once.
         """
         step = self._dial.step(len(x), x.device, self._number)
-        if step is None:
+        if step is None or step.pairs == self._dial.full_budget * len(x):
             return self._whole(x, topk_weights, topk_ids)
+        if x.device.type == "cpu" and len(x) <= _TOGETHER:
+            return self._below(x, topk_weights, topk_ids, step)
         full = step.k_active == self._dial.full_budget
-        if full.all():
-            return self._whole(x, topk_weights, topk_ids)
-        if not full.any() or (x.device.type == "cpu" and len(x) <= _TOGETHER):
-            return self._below(x, topk_weights, topk_ids, step.k_active)
+        if not full.any():
+            return self._below(x, topk_weights, topk_ids, step)
         out = torch.empty_like(x)
         out[full] = self._whole(x[full], topk_weights[full], topk_ids[full])
         rest = ~full
-        out[rest] = self._below(x[rest], topk_weights[rest], topk_ids[rest], step.k_active[rest])
+        budgets = step.k_active[rest]
+        some = StepBudgets(budgets, pairs=int(budgets.sum()))
+        out[rest] = self._below(x[rest], topk_weights[rest], topk_ids[rest], some)
         return out
 
     def _whole(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         assert self._held is not None  # weights were loaded
+        module = self._held.experts
+        if module.panels is not None:
+            return run_whole(module.panels, x, topk_ids, topk_weights.float())
         if self._once:
-            virtual: VirtualExperts = self._held.experts.virtual
+            virtual: VirtualExperts = module.virtual
             return virtual.run(x, *all_sub_experts(topk_weights, topk_ids, self._setup.elastic.num_sub_experts))
         own: Tensor = super().apply(self._held.layer, x, topk_weights, topk_ids, None, None)
         return own
 
-    def _below(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, budgets: Tensor) -> Tensor:
+    def _below(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, step: StepBudgets) -> Tensor:
         assert self._held is not None  # weights were loaded
         module = self._held.experts
-        step = StepBudgets(budgets, pairs=int(budgets.sum()))
         # what was fitted was fitted to weights and outputs with the scale in them
         weights = topk_weights.float() * self.scale
         out = run_budgets(require_state(module, self.name), module, x, topk_ids.long(), weights, step)
@@ -166,9 +175,13 @@ def make_elastic(model: nn.Module, setup: Setup) -> Dial:
     runners = {extract_layer_index(m.layer_name): m for m in model.modules() if isinstance(m, MoERunner)}
     tensors = setup.checkpoint().tensors()
     dial = dial_for(elastic)
-    if _suits_cpu_kernel(setup):
-        dial.executor = NAME
-    elif setup.options.save_memory:
+    moe = next(iter(runners.values())).routed_experts.moe_config
+    if _runs_whole_sub_experts(setup):
+        if _suits_panels(setup, moe):
+            dial.executor = PANELS
+        elif fits(elastic.num_neurons, elastic.num_sub_experts):
+            dial.executor = NAME
+    if setup.options.save_memory and dial.executor not in (PANELS, NAME):
         raise UnsupportedModelError(
             "save_memory is for CPUs and for checkpoints whose budgets run whole sub-experts of "
             "32 neurons or somewhat fewer than a multiple of it; leave it out"
@@ -186,12 +199,20 @@ def make_elastic(model: nn.Module, setup: Setup) -> Dial:
     return dial
 
 
-def _suits_cpu_kernel(setup: Setup) -> bool:
-    """Whether budgets run on vLLM's kernel; else they run on the executors of ``elastic``, over rows kept for them."""
+def _runs_whole_sub_experts(setup: Setup) -> bool:
+    """Whether weights serve products only; else rows are kept for the executors of ``elastic``."""
     elastic, gate = setup.elastic, GATES.get(setup.elastic.gate)
     whole = elastic.scan is None and elastic.ladder is None
     rows = gate.reads_weights and not gate.reads_neurons
-    return current_platform.is_cpu() and whole and not rows and fits(elastic.num_neurons, elastic.num_sub_experts)
+    return current_platform.is_cpu() and whole and not rows
+
+
+def _suits_panels(setup: Setup, moe: Any) -> bool:
+    """Whether panels are faster than vLLM's kernel (docs/results/vllm_kernel.json); not tried with matrix tiles."""
+    neurons = setup.elastic.num_neurons // moe.moe_parallel_config.tp_size
+    return not torch.cpu._is_amx_tile_supported() and panels_suit(
+        moe.in_dtype, moe.hidden_dim, neurons, setup.elastic.num_sub_experts
+    )
 
 
 def dial_of_model(model: nn.Module) -> Dial:

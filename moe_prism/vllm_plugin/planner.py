@@ -87,8 +87,10 @@ class Planner:
             prefilled = min(part.before, track.request.prompt_tokens)
             generated = max(part.generated, int(prefilled == track.request.prompt_tokens))
             running.append(Running(track.request, prefilled, generated, track.first_token, track.budget))
-        state = State([self.tracks[id].request for id in waiting], running, self.limits, self.admitted)
-        asked = self.policy.plan(state, now).budgets if parts else {}
+        asked: Mapping[str, int] = {}
+        if any(one.request.k_min < one.request.k_active for one in running):  # or there is nothing to decide
+            state = State([self.tracks[id].request for id in waiting], running, self.limits, self.admitted)
+            asked = self.policy.plan(state, now).budgets
         return {part.id: self._within(part.id, asked) for part in parts}
 
     def _within(self, id: str, asked: Mapping[str, int]) -> int:

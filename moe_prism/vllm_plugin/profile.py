@@ -80,6 +80,9 @@ def profile(
 ) -> CostModel:
     """Run every scene, after one to warm up, and fit.
 
+    The engine has a process of its own, as when it serves: there vLLM chooses libraries and threads that this process
+    cannot change any more.
+
     Args:
         path: an elastic checkpoint.
         grid: what to measure.
@@ -89,7 +92,7 @@ def profile(
     Raises:
         PrismError: vLLM is not installed, or the checkpoint cannot be served by it.
     """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of that process
     try:
         from vllm import LLM
     except ImportError as error:
@@ -121,6 +124,7 @@ def profile(
             _drive(llm, scene, grid, vocabulary)
         if progress is not None:
             progress("measuring steps", len(scenes), len(scenes))
+        llm.llm_engine.engine_core.shutdown()
         rows = [json.loads(line) for line in record.read_text().splitlines()]
     return fit_held_out(
         [StepLoad(*row[:-1]) for row in rows],

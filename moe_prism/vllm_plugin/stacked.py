@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..elastic.executors.panels import Panels
+
 
 class StackedExperts(nn.Module):
     """``silu(gate) * up`` experts without biases.
@@ -19,7 +21,8 @@ class StackedExperts(nn.Module):
         down: ``[E, H, C]``.
 
     Attributes:
-        virtual: the same weights packed for another kernel, where there is one.
+        virtual: the same weights packed for vLLM's kernel, where it runs them.
+        panels: the same weights in panels, where those run.
     """
 
     is_transposed = False
@@ -36,6 +39,7 @@ class StackedExperts(nn.Module):
         self.down_proj = nn.Parameter(down, requires_grad=False)
         self.act_fn = nn.SiLU()
         self.virtual: Any = None
+        self.panels: Panels | None = None
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

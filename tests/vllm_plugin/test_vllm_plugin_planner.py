@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import cast
+
 from hypothesis import given
 from hypothesis import strategies as st
 from scheduling_costs import expensive, free
 
-from moe_prism.scheduling import POLICIES, CostModel, Limits, Request
+from moe_prism.scheduling import POLICIES, CostModel, Limits, Policy, Request
 from moe_prism.vllm_plugin.planner import Part, Planner, Track
 
 FULL = 16
@@ -38,6 +40,14 @@ def test_under_load_budgets_fall_to_the_floor_and_rise_when_it_is_gone() -> None
         now = 101.0 + step / 100
         alone = found.budgets([Part("0", 20 + step, 1, 11 + step)], [], now)["0"]
     assert alone == 16
+
+
+def test_where_no_request_leaves_a_choice_the_policy_is_not_asked() -> None:
+    found = planner(expensive(), [request("a", 16, 16), request("b", 9, 9)])
+    found.policy = cast(Policy, None)
+    assert found.budgets([Part("a", 10, 1, 3), Part("b", 0, 10, 0)], [], 100.1) == {"a": 16, "b": 9}
+    assert found.tracks["a"].budget == 16
+    assert found.admitted == 2
 
 
 def test_a_request_that_the_policy_leaves_out_runs_at_its_floor() -> None:

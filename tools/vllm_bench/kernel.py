@@ -1,10 +1,11 @@
-"""vLLM's CPU kernel on whole experts and on sub-experts, at full budget and below; one layer, without an engine.
+"""vLLM's CPU kernel and ours on whole experts and on sub-experts, at full budget and below, without an engine.
 
     VLLM_PYTHON tools/vllm_bench/kernel.py --out build/bench/vllm_kernel.json
 
-Columns: ``experts`` is vLLM's own layout; ``sub_experts`` the plugin's, at several budgets; ``a_pair_a_row`` the same
-with a token repeated for each of its sub-experts, which any mix of budgets could share; ``mixed`` tokens of random
-budgets from a quarter up, a call for each budget and as the plugin calls; ``ours`` our own CPU kernels at full budget.
+Layers take turns, as in a step, so that weights come from memory and not from a cache. Columns: ``experts`` is vLLM's
+own layout; ``sub_experts`` the same kernel on sub-experts, at several budgets; ``mixed`` tokens of random budgets from
+a quarter up, a call for each budget and padded; ``panels`` our kernel, of bfloat16 only, at the same budgets and mixed.
+Ways take turns as well.
 """
 
 from __future__ import annotations
@@ -16,99 +17,139 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from libraries import restart_with_them
 from torch import Tensor
 from vllm._custom_ops import cpu_fused_moe, cpu_prepack_moe_weight
 
-from moe_prism.elastic.cpu_selection import select_all
-from moe_prism.elastic.executors import EXECUTORS
+from moe_prism.elastic.executors.panels import Panels, PanelsExecutor, panels_suit, run_whole
+from moe_prism.elastic.selection import Selection
 from moe_prism.evaluation.environment import cpu_name, usable_cores, versions
-from moe_prism.experts.packing import pack
 from moe_prism.vllm_plugin.cpu_kernel import PADDED, VirtualExperts, all_sub_experts, padded_calls
 from moe_prism.vllm_plugin.stacked import StackedExperts
 
-EXPERTS, HIDDEN, NEURONS, TOP_K, N = 64, 1024, 512, 8, 4
+LAYERS, EXPERTS, HIDDEN, NEURONS, TOP_K, N = 4, 32, 1024, 512, 8, 4
 FULL = TOP_K * N
-BUDGETS = (FULL, FULL // 2, FULL * 9 // 32)
+BUDGETS = (FULL // 2, FULL * 9 // 32)
 
 
-def milliseconds(run: Callable[[], Tensor], times: int) -> float:
-    """Median of some calls, after two."""
-    run(), run()
-    found = []
-    for _ in range(times):
-        began = time.perf_counter()
-        run()
-        found.append(1e3 * (time.perf_counter() - began))
-    return median(found)
+class Layer(NamedTuple):
+    """The same random experts in every layout."""
+
+    whole: tuple[Tensor, Tensor]
+    virtual: VirtualExperts
+    module: StackedExperts
+
+
+class Work(NamedTuple):
+    """What one layer is given: tokens, their routing, and selections of sub-experts by name."""
+
+    x: Tensor
+    weights: Tensor
+    index: Tensor
+    selections: dict[str, Selection]
+
+
+Way = Callable[[Layer, Work], Tensor]
+
+
+def layer(dtype: torch.dtype) -> Layer:
+    """Random weights."""
+    gate_up = (torch.randn(EXPERTS, 2 * NEURONS, HIDDEN) * 0.03).to(dtype)
+    down = (torch.randn(EXPERTS, HIDDEN, NEURONS) * 0.03).to(dtype)
+    module = StackedExperts(torch.empty(0), torch.empty(0))
+    if panels_suit(dtype, HIDDEN, NEURONS, N):
+        module.panels = Panels.of(gate_up, down, N)
+    whole = cpu_prepack_moe_weight(gate_up, "vec"), cpu_prepack_moe_weight(down, "vec")
+    return Layer(whole, VirtualExperts.of(gate_up, down, N, "vec"), module)
+
+
+def work(dtype: torch.dtype, tokens: int, rng: np.random.Generator) -> Work:
+    """Random tokens, routing and selections."""
+    weights, index = torch.rand(tokens, TOP_K), torch.rand(tokens, EXPERTS).topk(TOP_K).indices.int()
+    every, ids = all_sub_experts(weights, index, N)
+    kinds = {str(k): np.full(tokens, k) for k in (FULL, *BUDGETS)}
+    kinds["mixed"] = rng.integers(FULL // 4, FULL, tokens)
+    selections = {}
+    for name, budgets in kinds.items():
+        token = np.repeat(np.arange(tokens), budgets)
+        place = np.concatenate([rng.permutation(FULL)[:k] for k in budgets])
+        chosen = ids.numpy()[token, place].astype(np.int64)
+        order = np.lexsort((token, chosen))
+        parts = token, place // N, chosen, every.numpy()[token, place]
+        selections[name] = Selection(*(torch.from_numpy(part[order]) for part in parts))
+    return Work(torch.randn(tokens, HIDDEN).to(dtype), weights, index, selections)
+
+
+def experts(layer: Layer, work: Work) -> Tensor:
+    """vLLM's own way."""
+    out = torch.empty_like(work.x)
+    cpu_fused_moe(out, work.x, *layer.whole, None, None, work.weights, work.index, "silu", "vec")
+    return out
+
+
+def sub_experts(name: str, most: float) -> Way:
+    """vLLM's kernel on sub-experts; ``most`` of ``padded_calls``."""
+
+    def run(layer: Layer, work: Work) -> Tensor:
+        chosen = work.selections[name]
+        pairs = chosen.token.numpy(), chosen.sub_expert.numpy(), chosen.weight.numpy()
+        out = torch.zeros_like(work.x)
+        for call in padded_calls(*pairs, len(work.x), most):
+            mine = torch.from_numpy(call.rows)
+            ids = torch.from_numpy(call.ids)
+            out[mine] = layer.virtual.run(work.x[mine], torch.from_numpy(call.weights), ids)
+        return out
+
+    return run
+
+
+def panels(name: str) -> Way:
+    """Our kernel on the same sub-experts."""
+    executor = PanelsExecutor()
+    return lambda layer, work: executor.run(layer.module, work.x, work.selections[name], N)
+
+
+def whole_panels(layer: Layer, work: Work) -> Tensor:
+    """Our kernel at full budget, as the plugin calls it."""
+    assert layer.module.panels is not None  # this way is for layers that have them
+    return run_whole(layer.module.panels, work.x, work.index, work.weights)
 
 
 @torch.inference_mode()
 def rows(dtype: torch.dtype, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
-    """One row per number of tokens."""
+    """One row per number of tokens: milliseconds of a layer, medians."""
     torch.manual_seed(0)
-    gate_up = (torch.randn(EXPERTS, 2 * NEURONS, HIDDEN) * 0.03).to(dtype)
-    down = (torch.randn(EXPERTS, HIDDEN, NEURONS) * 0.03).to(dtype)
-    whole = cpu_prepack_moe_weight(gate_up, "vec"), cpu_prepack_moe_weight(down, "vec")
-    virtual = VirtualExperts.of(gate_up, down, N, "vec")
-    ours, cpu = StackedExperts(gate_up, down.clone()), EXECUTORS.create("cpu")
-    pack(ours)
+    rng = np.random.default_rng(0)
+    layers = [layer(dtype) for _ in range(LAYERS)]
+    ways: dict[tuple[str, str], Way] = {("experts", str(FULL)): experts}
+    ways |= {("sub_experts", name): sub_experts(name, PADDED) for name in map(str, (FULL, *BUDGETS))}
+    ways |= {("mixed", "a_call_a_budget"): sub_experts("mixed", 1.0), ("mixed", "padded"): sub_experts("mixed", PADDED)}
+    if layers[0].module.panels is not None:
+        ways |= {("panels", str(FULL)): whole_panels}
+        ways |= {("panels", name): panels(name) for name in (*map(str, BUDGETS), "mixed")}
     found = []
     for count in tokens:
-        x, weights = torch.randn(count, HIDDEN).to(dtype), torch.rand(count, TOP_K)
-        index = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(count)])
-        every, ids = all_sub_experts(weights, index, N)
-        routed = index.int()
-        out, everything, times = torch.empty_like(x), select_all(weights, index), 5 if count > 100 else 15
-
-        def experts(x: Tensor = x, out: Tensor = out, weights: Tensor = weights, routed: Tensor = routed) -> Tensor:
-            cpu_fused_moe(out, x, *whole, None, None, weights, routed, "silu", "vec")
-            return out
-
-        def sub_experts(k: int, x: Tensor = x, every: Tensor = every, ids: Tensor = ids) -> Callable[[], Tensor]:
-            some, mine = every[:, :k].contiguous(), ids[:, :k].contiguous()
-            return lambda: virtual.run(x, some, mine)
-
-        def a_pair_a_row(k: int, x: Tensor = x, every: Tensor = every, ids: Tensor = ids) -> Callable[[], Tensor]:
-            some, mine = every[:, :k].reshape(-1, 1).contiguous(), ids[:, :k].reshape(-1, 1).contiguous()
-            token = torch.arange(len(x)).repeat_interleave(k)
-            return lambda: torch.zeros(x.shape).index_add_(0, token, virtual.run(x[token], some, mine).float())
-
+        given = [work(dtype, count, rng) for _ in range(LAYERS)]
+        times: dict[tuple[str, str], list[float]] = {name: [] for name in ways}
+        for turn in range(6 if count > 100 else 16):
+            for name, way in ways.items():
+                began = time.perf_counter()
+                for one, mine in zip(layers, given, strict=True):
+                    way(one, mine)
+                if turn:  # the first warms up
+                    times[name].append(1e3 * (time.perf_counter() - began) / LAYERS)
         row: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "tokens": count}
-        row["experts"] = milliseconds(experts, times)
-        row["sub_experts"] = {k: milliseconds(sub_experts(k), times) for k in BUDGETS}
-        row["a_pair_a_row"] = {k: milliseconds(a_pair_a_row(k), times) for k in BUDGETS}
-        row["mixed"] = mixed(virtual, x, every, ids, times)
-        row["ours"] = milliseconds(lambda x=x, all=everything: cpu.run(ours, x, all, 1), times)
+        for (column, name), each in times.items():
+            row.setdefault(column, {})[name] = round(median(each), 3)
         print(json.dumps(row), flush=True)
         found.append(row)
     return found
-
-
-def mixed(virtual: VirtualExperts, x: Tensor, every: Tensor, ids: Tensor, times: int) -> dict[str, float]:
-    """Tokens of random budgets below full."""
-    rng = np.random.default_rng(0)
-    budgets = rng.integers(FULL // 4, FULL, len(x))
-    token = np.repeat(np.arange(len(x)), budgets)
-    place = np.concatenate([rng.permutation(FULL)[:k] for k in budgets])
-    pairs = token, ids.numpy()[token, place], every.numpy()[token, place]
-
-    def run(most: float) -> Tensor:
-        out = torch.zeros_like(x)
-        for call in padded_calls(*pairs, len(x), most):
-            mine = torch.from_numpy(call.rows)
-            out[mine] = virtual.run(x[mine], torch.from_numpy(call.weights), torch.from_numpy(call.ids))
-        return out
-
-    return {
-        "a_call_a_budget": milliseconds(lambda: run(1.0), times),  # nothing is repeated
-        "as_the_plugin": milliseconds(lambda: run(PADDED), times),
-    }
 
 
 def main() -> None:
@@ -116,8 +157,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    found = [row for dtype in (torch.bfloat16, torch.float32) for row in rows(dtype, (1, 8, 32, 128, 256))]
-    shape = {"experts": EXPERTS, "hidden": HIDDEN, "neurons": NEURONS, "top_k": TOP_K, "num_sub_experts": N}
+    found = rows(torch.bfloat16, (1, 2, 4, 8, 16, 32, 128, 256)) + rows(torch.float32, (1, 8, 32, 128))
+    shape = {
+        "layers": LAYERS,
+        "experts": EXPERTS,
+        "hidden": HIDDEN,
+        "neurons": NEURONS,
+        "top_k": TOP_K,
+        "num_sub_experts": N,
+    }
     record = {
         "machine": {"cpu": cpu_name(), "cores": usable_cores(), "threads": torch.get_num_threads()},
         "versions": versions(),
@@ -130,4 +178,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_them()
     main()

@@ -5,6 +5,7 @@ from .choice import AUTO, choose_executor
 from .cpu import CpuExecutor
 from .grouped import GroupedExecutor
 from .masked import MaskedExecutor
+from .panels import PanelsExecutor
 from .reference import ReferenceExecutor
 from .triton import TritonExecutor
 
@@ -16,6 +17,7 @@ __all__ = [
     "GroupedExecutor",
     "MaskedExecutor",
     "NeuronRule",
+    "PanelsExecutor",
     "ReferenceExecutor",
     "TritonExecutor",
     "choose_executor",

@@ -1,8 +1,8 @@
 """Products of bfloat16 pairs, on CPUs that have an instruction for them (AVX512-BF16).
 
 One ``vdpbf16ps`` multiplies 32 pairs and adds them, two by two, to sixteen fp32 sums: twice the arithmetic of an fp32
-one, on weights as they are stored. Two tiles, four tokens each, whose sums stay in registers. Addresses are plain
-integers: who calls keeps the arrays alive and in bounds. Knows nothing of experts.
+one, on weights as they are stored. Two kinds of tiles, of up to four tokens, whose sums stay in registers. Addresses
+are plain integers: who calls keeps the arrays alive and in bounds. Knows nothing of experts.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ class _BFloat(ir.Type):  # type: ignore[misc]
 
 _BFLOATS = ir.VectorType(_BFloat(), 2 * LANES)
 _PAIRS, _SUMS = ir.VectorType(_WORD, LANES), ir.VectorType(ir.FloatType(), LANES)
-_FOUR: Any = types.Tuple((types.int64,) * TILE)  # type: ignore[no-untyped-call]
-_SIGNATURE: Any = types.void(types.int64, types.int64, _FOUR, _FOUR, types.int64)
+
+
+def _signature(tokens: int) -> Any:
+    addresses: Any = types.Tuple((types.int64,) * tokens)  # type: ignore[no-untyped-call]
+    return types.void(types.int64, types.int64, addresses, addresses, types.int64)
 
 
 @cache
@@ -76,14 +79,14 @@ def _add_lanes(builder: Any, vectors: list[Any]) -> Any:
     return vectors[0]
 
 
-def _loop(builder: Any, turns: Any, body: Any) -> list[Any]:
-    """Sixteen sums after ``turns`` turns, at least one, of ``body(turn, sums) -> sums``."""
+def _loop(builder: Any, turns: Any, tokens: int, body: Any) -> list[Any]:
+    """A tile's sums, four for each token, after ``turns`` turns, at least one, of ``body(turn, sums) -> sums``."""
     before = builder.block
     inside, after = builder.append_basic_block("turn"), builder.append_basic_block("done")
     builder.branch(inside)
     builder.position_at_end(inside)
     turn = builder.phi(_LONG)
-    sums = [builder.phi(_SUMS) for _ in range(TILE * TILE)]
+    sums = [builder.phi(_SUMS) for _ in range(tokens * TILE)]
     found: list[Any] = body(turn, sums)
     following = builder.add(turn, ir.Constant(_LONG, 1))
     turn.add_incoming(ir.Constant(_LONG, 0), before)
@@ -112,30 +115,33 @@ def _dot_tile(_context: Any, rows: Any, stride: Any, tokens: Any, outs: Any, cou
             both = itertools.product(values, weights)
             return [_accumulate(builder, total, w, v) for total, (v, w) in zip(sums, both, strict=True)]
 
-        sums = _loop(builder, builder.sdiv(hidden, ir.Constant(_LONG, 2 * LANES)), body)
+        sums = _loop(builder, builder.sdiv(hidden, ir.Constant(_LONG, 2 * LANES)), TILE, body)
         total = _add_lanes(builder, sums)
         for t in range(TILE):
             four = _pick(builder, total, total, range(t * TILE, (t + 1) * TILE))
             builder.store(four, builder.inttoptr(out[t], four.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
-    return _SIGNATURE, generate
+    return _signature(TILE), generate
 
 
-def _sum_tile(_context: Any, rows: Any, stride: Any, weights: Any, outs: Any, count: Any) -> Any:
-    """Weighted sums of row pairs for four tokens; see ``sum_tile``."""
+def _sum_tile(tokens: int) -> Any:
+    """Weighted sums of row pairs for 1 to 4 tokens; see ``sum_tile``."""
+
+    def typed(_context: Any, rows: Any, stride: Any, weights: Any, outs: Any, count: Any) -> Any:
+        return _signature(tokens), generate
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         first, step, weights_, outs_, pairs = arguments
-        weight = [builder.extract_value(weights_, i) for i in range(TILE)]
-        out = [builder.extract_value(outs_, i) for i in range(TILE)]
+        weight = [builder.extract_value(weights_, i) for i in range(tokens)]
+        out = [builder.extract_value(outs_, i) for i in range(tokens)]
 
         def body(turn: Any, sums: list[Any]) -> list[Any]:
             row = builder.add(first, builder.mul(step, turn))
             at = builder.mul(turn, ir.Constant(_LONG, 4))
             columns = [_load(builder, builder.add(row, ir.Constant(_LONG, 4 * LANES * j)), _PAIRS) for j in range(TILE)]
             found = list(sums)
-            for t in range(TILE):
+            for t in range(tokens):
                 one = _load(builder, builder.add(weight[t], at), _WORD)
                 vector = builder.insert_element(ir.Constant(_PAIRS, ir.Undefined), one, ir.Constant(_WORD, 0))
                 spread = _pick(builder, vector, vector, [0] * LANES)
@@ -143,15 +149,15 @@ def _sum_tile(_context: Any, rows: Any, stride: Any, weights: Any, outs: Any, co
                     found[t * TILE + j] = _accumulate(builder, sums[t * TILE + j], columns[j], spread)
             return found
 
-        sums = _loop(builder, pairs, body)
-        for t in range(TILE):
+        sums = _loop(builder, pairs, tokens, body)
+        for t in range(tokens):
             for j in range(TILE):
                 at = builder.add(out[t], ir.Constant(_LONG, 4 * LANES * j))
                 place = builder.inttoptr(at, _SUMS.as_pointer())
                 builder.store(builder.fadd(builder.load(place, align=4), sums[t * TILE + j]), place, align=4)
         return context.get_dummy_value()
 
-    return _SIGNATURE, generate
+    return intrinsic(typed)
 
 
 dot_tile: Any = intrinsic(_dot_tile)
@@ -160,10 +166,10 @@ dot_tile: Any = intrinsic(_dot_tile)
 Called with: address of the first row of bfloat16, bytes between rows, addresses of four tokens of bfloat16, addresses
 of four fp32 runs of four, which are written, and the length of rows and tokens, a multiple of 32.
 """
-sum_tile: Any = intrinsic(_sum_tile)
-"""Weighted sums of row pairs, added to 64 columns of four tokens.
+sum_tile, sum_two, sum_one = _sum_tile(TILE), _sum_tile(2), _sum_tile(1)
+"""Weighted sums of row pairs, added to 64 columns of four tokens, of two and of one.
 
 Called with: address of the first pair (in every 32-bit word the bfloat16 of the first row and, above it, that of the
-second), bytes between pairs, addresses of four tokens' weights in the same form, addresses of four fp32 runs of 64,
-which are added to, and the number of pairs, at least 1.
+second), bytes between pairs, addresses of the tokens' weights in the same form, addresses of as many fp32 runs of 64,
+which are added to, and the number of pairs, at least 1. A token's sums do not depend on the others in its tile.
 """
