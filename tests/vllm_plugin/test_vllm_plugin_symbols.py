@@ -55,7 +55,7 @@ sys.meta_path.insert(0, Blocked())
 import moe_prism
 for module in pkgutil.walk_packages(moe_prism.__path__, "moe_prism."):
     ours = module.name.startswith("moe_prism.vllm_plugin.")
-    if not ours and not module.name.endswith(("triton_kernels", "lm_eval_model")):
+    if not ours and not module.name.endswith(("triton_kernels", "triton_block_kernels", "lm_eval_model")):
         importlib.import_module(module.name)
 import moe_prism.vllm_plugin
 assert not [name for name in sys.modules if name.partition(".")[0] == "vllm"]
