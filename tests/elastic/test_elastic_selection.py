@@ -113,6 +113,24 @@ def test_the_compiled_selection_is_the_same_pair_for_pair(problem) -> None:
         assert torch.equal(found, wanted)
 
 
+@given(problems(), st.sampled_from([torch.inf, -torch.inf, torch.nan]), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_the_compiled_selection_gives_every_token_its_budget_whatever_the_scores(
+    problem, odd: float, full: bool
+) -> None:
+    scores, weights, budgets, weighted = problem
+    t, k, n = scores.shape
+    scores[:, k // 2] = odd
+    if full:
+        budgets = torch.full_like(budgets, k * n)
+    index = torch.arange(k).expand(t, k).contiguous()
+    found = select(scores, weights, index, budgets, weighted)
+    pairs = set(zip(found.token.tolist(), found.sub_expert.tolist(), strict=True))
+    assert len(pairs) == len(found.token) == int(budgets.sum())
+    assert torch.equal(torch.bincount(found.token, minlength=t), budgets)
+    assert torch.equal(found.sub_expert // n, found.slot)  # slot s holds expert s here
+
+
 @given(problems())
 @settings(max_examples=100, deadline=None)
 def test_a_known_number_of_pairs_changes_nothing(problem) -> None:

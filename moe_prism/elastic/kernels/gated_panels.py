@@ -16,6 +16,7 @@ import numpy as np
 from .compiled import inner, narrow, parallel, serial, share_tasks
 from .dots import COLUMNS, TILE, sum_one, sum_tile, sum_two
 from .gated import run_starts
+from .neurons import by_value
 from .silu import silu
 from .threads import Kernel
 
@@ -128,7 +129,8 @@ def _whole_on_many(threads: int, gate_up: Array, down: Array, x: Array, index: A
 def _pairs(index: Array, weight: Array) -> Any:
     """(token, expert) of every slot, sorted by expert."""
     k = index.shape[1]
-    order = np.argsort(index.copy().reshape(-1), kind="mergesort")  # stable: an expert's tokens in their order
+    every = index.copy().reshape(-1)
+    order, _ = by_value(every, every.max() + 1 if len(every) else 0)  # an expert's tokens in their order
     token, expert, weights = order // k, np.empty(len(order), np.int64), np.empty(len(order), np.float32)
     for i in range(len(order)):
         expert[i], weights[i] = index[token[i], order[i] % k], weight[token[i], order[i] % k]

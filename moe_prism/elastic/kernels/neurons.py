@@ -88,8 +88,9 @@ def bound(score: Array, mine: Array, count: int, threshold: float) -> Any:
         A score of which it keeps all that are greater, how many of those equal to it, the first ones, and of how many;
         the last is -1 where nobody counted.
     """
-    if count >= mine.shape[0] * score.shape[1]:
-        return -np.float32(np.inf), 0, 0  # below every score
+    total = mine.shape[0] * score.shape[1]
+    if count >= total:
+        return -np.float32(np.inf), total, total  # no score is below, and those that are equal are kept too
     if count:
         return _least_kept(score, mine, count)
     return np.float32(threshold), 0, -1
