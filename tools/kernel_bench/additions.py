@@ -28,6 +28,8 @@ from moe_prism.gates import GATES
 
 FITTED = 8
 PLAIN = "static order"
+_BLOCK = 64
+BLOCKS = f"gate-first, blocks of {_BLOCK}"
 Step = tuple[Tensor, Tensor, Tensor]
 
 
@@ -74,11 +76,14 @@ def cases(module: nn.Module, sizes: Sizes, seed: int) -> dict[str, Callable[[Ste
         "spread over layers": layer(),
         "shared by tokens": layer(thresholds=torch.linspace(1, 0, full + 1)),
         "gate-first": layer(neuron_scale=scale),
+        BLOCKS: layer(neuron_scale=scale),
         "ladder": layer(neuron_scale=scale, shadow=make_shadow(module)),
     }
     found["spread over layers"].dial.spread = spread_table([[k] for k in range(1, full + 1)])
     found["shared by tokens"].dial.sharing = Sharing([1.0] * full, layers=1)
-    found["gate-first"].dial.plan = Plan([min(full, 2 * k) for k in range(1, full + 1)], size)
+    scan = [min(full, 2 * k) for k in range(1, full + 1)]
+    found["gate-first"].dial.plan = Plan(scan, size)
+    found[BLOCKS].dial.plan = Plan(scan, size, _BLOCK)
     rungs = [rung_within(k, full, size, 0.25) for k in range(1, full)]
     found["ladder"].dial.plan = LadderPlan(rungs, size)
 
