@@ -21,8 +21,9 @@ PEERS   ?=
 
 # -qq keeps errors and drops pip's warnings: some machines print one per installed file.
 PIP := $(BIN)/python -m pip install -qq -c constraints.txt
-# Spinning OpenMP threads starve each other on busy or few cores.
+# OpenMP's waiting threads spin for a moment and then sleep (moe_prism/waiting.py).
 export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 30000
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-triton test-vllm lint types format check hooks reference bench-solvers bench-memory bench-frontier frontier ablation frontier-second frontier-dense bench-kernels bench-crossovers bench-batch bench-decode bench-points reproduce test-browser test-serve-stress bench-serve simulate bench-scheduler bench-schedule bench-engine bench-vllm bench-offload clean distclean
@@ -242,7 +243,7 @@ build/bench/experts/config.json: | $(VENV)/.dev
 	$(BIN)/python tools/expert_model.py build/bench/experts
 
 build/bench/vllm-cost.json: build/bench/experts/config.json | $(VENV)/.vllm
-	OMP_WAIT_POLICY=PASSIVE VLLM_CPU_OMP_THREADS_BIND=nobind $(VENV)/vllm/bin/python -c 'from moe_prism.cli import main; main()' vllm-cost build/bench/experts --out $@ \
+	VLLM_CPU_OMP_THREADS_BIND=nobind $(VENV)/vllm/bin/python -c 'from moe_prism.cli import main; main()' vllm-cost build/bench/experts --out $@ \
 	  --dtype bfloat16 --eager --max-model-len 512
 
 bench-vllm: build/bench/vllm-cost.json ## the plugin against stock vLLM: decode steps, goodput (12 minutes) -> build/bench/vllm.json

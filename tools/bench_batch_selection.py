@@ -23,7 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from moe_prism.waiting import brief_waiting
+
+os.environ.update(brief_waiting())  # before torch
 
 import torch
 from bench_kernels import FULL, SHAPE, Bench, N, quartiles

@@ -4,12 +4,12 @@
 
 The model has OLMoE's shape, fewer layers and random weights; nothing is downloaded. Every engine runs in a
 process of its own, one at a time, and the engines take turns for several rounds. A step is the model, from token
-numbers to logits, and the choice of the likeliest token. Threads that wait can sleep or spin (OMP_WAIT_POLICY), and
-which is faster depends on the engine and on what else runs, so every engine runs under both policies, and the table
-has its better one. Each engine's logits are compared once with transformers'. Peers live in other environments,
-since their requirements exclude each other: one with llama-cpp-python and gguf, one with vLLM. A peer that is not
-given is left out. Run it on an idle machine. The model stays in --work for the next run (delete it to have it
-written again); the result goes to --out.
+numbers to logits, and the choice of the likeliest token. Threads that wait can spin for long or for a moment
+(moe_prism/waiting.py), and which is faster depends on the engine and on what else runs, so every engine runs under both
+policies, and the table has its better one. Each engine's logits are compared once with transformers'. Peers live in
+other environments, since their requirements exclude each other: one with llama-cpp-python and gguf, one with vLLM. A
+peer that is not given is left out. Run it on an idle machine. The model stays in --work for the next run (delete it to
+have it written again); the result goes to --out.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from decode_bench.report import LEAST_COSINE, agreement, best, summarise, table
 
 from moe_prism.checkpoint.atomic import replace_file
 from moe_prism.errors import PrismError
+from moe_prism.waiting import BRIEFLY
 
 TOOLS = Path(__file__).resolve().parent
 OURS, STOCK, LLAMA, VLLM = "moe-prism", "transformers", "llama.cpp", "vllm"
@@ -50,7 +51,7 @@ WORKERS = {
     VLLM: "decode_bench.vllm_worker",
 }
 # What the user's shell says of threads must not reach the engines: each would take it differently.
-WAIT_POLICIES = {"passive": {"OMP_WAIT_POLICY": "PASSIVE"}, "default": {}}
+WAIT_POLICIES = {"brief": BRIEFLY, "default": {}}
 THREAD_SETTINGS = ("OMP_", "GOMP_", "KMP_", "MKL_", "NUMBA_", "OPENBLAS_", "VLLM_", "GGML_", "LD_PRELOAD")
 
 

@@ -5,12 +5,13 @@
 
 One layer of OLMoE-1B-7B's shape (64 experts of 1,024 neurons, hidden 2,048, top-8, N = 4) with random bfloat16
 weights, 0.8 GB, far more than any cache. Every step routes its tokens anew at random. What is timed is the
-experts' forward: the static gate, selection and executor for ours, transformers' grouped_mm for the original, in
-bfloat16 and, since many CPUs have no bfloat16 product, in fp32 as well. Cases take turns inside one process; in a turn
-a case runs a few steps that follow each other, as the layers of a model do, after one that is not counted. Figures are
-medians with quartiles. The bandwidth is that of the better of two plain reading loops over the same weights with the
-same number of threads, in every round, since a shared machine changes from minute to minute. In the end come the gates
-and whatever else can be added to a budget, on the last number of threads. Knows nothing of quality.
+experts' forward: the static gate, selection and executor for ours (``cpu``, and ``panels`` where this CPU is faster on
+them), transformers' grouped_mm for the original, in bfloat16 and, since many CPUs have no bfloat16 product, in fp32 as
+well. Cases take turns inside one process; in a turn a case runs a few steps that follow each other, as the layers of a
+model do, after one that is not counted. Figures are medians with quartiles. The bandwidth is that of the better of two
+plain reading loops over the same weights with the same number of threads, in every round, since a shared machine
+changes from minute to minute. In the end come the gates and whatever else can be added to a budget, on the last number
+of threads. Knows nothing of quality.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ from moe_prism.checkpoint.atomic import replace_file
 from moe_prism.elastic.cpu_selection import select_all
 from moe_prism.elastic.dial import Dial
 from moe_prism.elastic.executors import EXECUTORS, NeuronRule
+from moe_prism.elastic.executors.panels import PANELS
 from moe_prism.elastic.executors.rows import as_rows
 from moe_prism.elastic.layer import ElasticLayer, elastic_experts
+from moe_prism.elastic.layout import use_panels
 from moe_prism.evaluation.environment import machine, versions
 from moe_prism.experts import find_expert_layers
 from moe_prism.experts.packing import pack, packed_rows
@@ -104,6 +107,9 @@ class Bench:
         gate = GATES.create("static", {})
         state = ElasticLayer("bench", self.dial, gate, {"importance": importance}, N)
         self.ours.__dict__["_moe_prism"] = state
+        self.panels = make_layer(torch.bfloat16, seed)
+        self.panels.__dict__["_moe_prism"] = state
+        self.executors = {"cpu": self.ours} | ({PANELS: self.panels} if use_panels(self.panels, N) else {})
         self.rng = torch.Generator().manual_seed(seed)
         self.scale = torch.rand(SHAPE["num_experts"], SHAPE["intermediate_size"], generator=self.rng)
 
@@ -120,7 +126,7 @@ class Bench:
         def elastic(name: str, k_active: int) -> Callable[..., torch.Tensor]:
             def forward(*step: torch.Tensor) -> torch.Tensor:
                 self.dial.executor, self.dial.k_active = name, k_active
-                return elastic_experts(self.ours, *step)
+                return elastic_experts(self.executors.get(name, self.ours), *step)
 
             return forward
 
@@ -130,8 +136,9 @@ class Bench:
             return EXECUTORS.create("cpu").run_some(self.ours, x, select_all(weights, index), 1, rule)
 
         found: dict[tuple[str, int], Callable[..., torch.Tensor]] = {}
-        for k_active in BUDGETS:
-            found["cpu", k_active] = elastic("cpu", k_active)
+        for name in self.executors:
+            for k_active in BUDGETS:
+                found[name, k_active] = elastic(name, k_active)
         found["grouped", FULL // 2] = elastic("grouped", FULL // 2)
         found["reference", FULL // 2] = elastic("reference", FULL // 2)
         found["cpu, a quarter of the neurons", FULL] = quarter
@@ -140,7 +147,7 @@ class Bench:
         return found
 
     def bytes_read(self, index: torch.Tensor, k_active: int) -> int:
-        """Weights that a step of the cpu executor reads, in bytes; counted from its own selection."""
+        """Weights that a step of our fast executors reads, in bytes; counted from the selection."""
         seen: list[int] = []
         run = type(EXECUTORS.create("cpu")).run
 
@@ -183,7 +190,7 @@ class Samples:
 
     def __init__(self) -> None:
         self.times: dict[tuple[str, int], list[float]] = {}
-        self.shares: dict[int, list[float]] = {k: [] for k in BUDGETS}
+        self.shares: dict[tuple[str, int], list[float]] = {}
         self.bytes: dict[int, list[int]] = {k: [] for k in BUDGETS}
 
     def round(self, bench: Bench, tokens: int, steps: int, gbs: float) -> None:
@@ -198,10 +205,11 @@ class Samples:
                 forward(*step)
                 times.append(time.perf_counter() - begin)
             self.times.setdefault((name, k_active), []).extend(times[1:])  # the first call comes from another case
-            if name == "cpu":
+            if name in bench.executors:
                 for (_, index, _), took in zip(inputs[1:], times[1:], strict=True):
                     self.bytes[k_active].append(bench.bytes_read(index, k_active))
-                    self.shares[k_active].append(self.bytes[k_active][-1] / took / 1e9 / gbs)
+                    share = self.bytes[k_active][-1] / took / 1e9 / gbs
+                    self.shares.setdefault((name, k_active), []).append(share)
 
     def rows(self, tokens: int) -> list[dict[str, Any]]:
         """One row a case."""
@@ -211,10 +219,10 @@ class Samples:
             row = {"tokens": tokens, "k_active": k_active, "executor": name, **quartiles(values)}
             row["vs_grouped_mm"] = round(ms["transformers grouped_mm", FULL] / row["ms"], 2)
             row["vs_grouped_mm_fp32"] = round(ms["transformers grouped_mm fp32", FULL] / row["ms"], 2)
-            row["vs_full"] = round(row["ms"] / ms["cpu", FULL], 3)
-            if name == "cpu":
+            row["vs_full"] = round(row["ms"] / ms[PANELS if name == PANELS else "cpu", FULL], 3)
+            if (name, k_active) in self.shares:
                 row["bytes"] = int(np.mean(self.bytes[k_active]))
-                row["bandwidth_share"] = round(float(np.median(self.shares[k_active])), 3)
+                row["bandwidth_share"] = round(float(np.median(self.shares[name, k_active])), 3)
             found.append(row)
         return found
 

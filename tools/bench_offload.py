@@ -32,6 +32,7 @@ from offload_bench.job import Job
 
 from moe_prism.checkpoint.atomic import replace_file
 from moe_prism.evaluation.environment import versions
+from moe_prism.waiting import BRIEFLY
 
 TOOLS = Path(__file__).resolve().parent
 OURS, LOW, WITHOUT, LRU, WHOLE, ACCELERATE = (
@@ -152,12 +153,15 @@ def run(job: Job, work: Path) -> dict[str, Any]:
     module = "offload_bench.accelerate_peer" if job.engine == ACCELERATE else "offload_bench.ours"
     job_file, result, log = (work / f"job.{end}" for end in ("json", "result.json", "log"))
     job_file.write_text(json.dumps(asdict(job)))
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TOOLS), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": str(job.threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "HF_HUB_OFFLINE": "1",
-    }
+    environment = (
+        os.environ
+        | BRIEFLY
+        | {
+            "PYTHONPATH": os.pathsep.join([str(TOOLS), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": str(job.threads),
+            "HF_HUB_OFFLINE": "1",
+        }
+    )
     with log.open("wb") as stream:
         code = subprocess.run(
             [sys.executable, "-m", module, str(job_file), str(result)],

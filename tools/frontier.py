@@ -27,7 +27,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from moe_prism.waiting import brief_waiting
+
+os.environ.update(brief_waiting())  # before torch
 
 import matplotlib as mpl
 import torch

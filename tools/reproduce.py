@@ -22,7 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from moe_prism.waiting import brief_waiting
+
+os.environ.update(brief_waiting())  # before torch
 
 from moe_prism import Recipe
 from moe_prism.checkpoint.atomic import replace_file

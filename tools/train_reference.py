@@ -17,7 +17,9 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve each other
+from moe_prism.waiting import brief_waiting
+
+os.environ.update(brief_waiting())  # before torch
 
 import torch
 from reference_training.data import prepare

@@ -29,10 +29,13 @@ from .budgets import HOOKS, budget, set_budget
 from .compensation import recalibration
 from .dial import Dial, named_points, spread_table
 from .executors import AUTO, EXECUTORS
+from .executors.panels import PANELS
 from .fingerprint import matches
 from .ladder import LadderPlan, Rung
 from .layer import ElasticLayer
+from .layout import use_linear_panels, use_panels, use_rows
 from .linear import use_fast_linear
+from .norms import use_fast_norms
 from .plan import Plan
 from .sharing import Sharing
 
@@ -171,6 +174,8 @@ def dial_for(elastic: ElasticConfig) -> Dial:
 
 def detach(model: PreTrainedModel, implementation: str) -> None:
     """Undo ``attach``: a stock model again, with its weights in the stock layout and that experts implementation."""
+    for module in model.modules():
+        use_rows(module)
     for layer in find_expert_layers(model):
         layer.module.__dict__.pop("_moe_prism", None)
         unpack(layer.module)
@@ -202,6 +207,7 @@ def load_elastic(
     verify: bool = True,
     executor: str = AUTO,
     fast_linear: bool = True,
+    panels: bool = True,
 ) -> PreTrainedModel:
     """Load an elastic checkpoint with transformers, at full budget, for inference.
 
@@ -212,7 +218,11 @@ def load_elastic(
         dtype: of the weights in memory; "auto" keeps the stored one.
         verify: compare all files with SHA256SUMS first.
         executor: what runs the experts: "auto" takes the fastest that can; or a registered name.
-        fast_linear: on a CPU, run the other linear layers of a decode step by the same compiled kernel.
+        fast_linear: on a CPU, run the other linear layers of a decode step, and the usual norms, by compiled kernels
+            too.
+        panels: lay bfloat16 weights out in panels if this CPU is faster on them (``elastic.layout``): the experts'
+            where budgets run whole sub-experts, and those of fast linear layers. Only tokens in bfloat16 without
+            gradients can run then.
 
     Raises:
         CheckpointError: not an elastic checkpoint, or an altered one.
@@ -231,4 +241,16 @@ def load_elastic(
         dial.points = named_points(dial.full_budget, {point.k_active: point.nll for point in measured.elastic})
     if fast_linear:
         use_fast_linear(model)
+        use_fast_norms(model)
+        if panels:
+            use_linear_panels(model)
+    if panels and executor in (AUTO, PANELS) and runs_whole_sub_experts(checkpoint.elastic):
+        for layer in find_expert_layers(model):
+            use_panels(layer.module, checkpoint.elastic.num_sub_experts)
     return model
+
+
+def runs_whole_sub_experts(elastic: ElasticConfig) -> bool:
+    """Whether experts' weights serve nothing but products with tokens: no neurons are chosen, no gate reads them."""
+    gate = GATES.get(elastic.gate)
+    return elastic.scan is None and elastic.ladder is None and not gate.reads_weights

@@ -19,7 +19,9 @@ from ..checkpoint.checksums import verify_sums
 from ..checkpoint.schema import CONFIG_KEY, TENSORS_FILE, ElasticConfig, parse_elastic_config
 from ..elastic import attach, dial_of
 from ..elastic.budgets import elastic_layers
+from ..elastic.layout import use_linear_panels
 from ..elastic.linear import use_fast_linear
+from ..elastic.norms import use_fast_norms
 from ..errors import CheckpointError, PrismError
 from .block_file import BlockFile
 from .eviction import EVICTION
@@ -97,6 +99,8 @@ def load_offloaded(
         if shadow is not None:
             attach_shadow(model, manager, files[1], slots[1], rule=rule, readers=readers)
         use_fast_linear(model)
+        use_fast_norms(model)
+        use_linear_panels(model)
         opened.pop_all()  # the manager closes them from now on
     return model
 

@@ -208,11 +208,9 @@ def _runs_whole_sub_experts(setup: Setup) -> bool:
 
 
 def _suits_panels(setup: Setup, moe: Any) -> bool:
-    """Whether panels are faster than vLLM's kernel (docs/results/vllm_kernel.json); not tried with matrix tiles."""
+    """Whether panels are faster than vLLM's kernel (docs/results/vllm_kernel.json)."""
     neurons = setup.elastic.num_neurons // moe.moe_parallel_config.tp_size
-    return not torch.cpu._is_amx_tile_supported() and panels_suit(
-        moe.in_dtype, moe.hidden_dim, neurons, setup.elastic.num_sub_experts
-    )
+    return panels_suit(moe.in_dtype, moe.hidden_dim, neurons, setup.elastic.num_sub_experts)
 
 
 def dial_of_model(model: nn.Module) -> Dial:

@@ -140,7 +140,7 @@ def test_steps_follow_the_prompt_and_warmup_is_not_counted() -> None:
 
 
 def test_summary_and_ratios() -> None:
-    def result(engine: str, tokens: int, k_active: int, ms: list[float], policy: str = "passive") -> dict[str, Any]:
+    def result(engine: str, tokens: int, k_active: int, ms: list[float], policy: str = "brief") -> dict[str, Any]:
         return {"engine": engine, "wait_policy": policy, "points": [{"tokens": tokens, "k_active": k_active, "ms": ms}]}
 
     rounds = [
@@ -157,7 +157,7 @@ def test_summary_and_ratios() -> None:
         "engine": "ours",
         "tokens": 1,
         "k_active": 9,
-        "wait_policy": "passive",
+        "wait_policy": "brief",
         "ms": 4,
         "ms_spread": [2, 6],
         "ms_rounds": [2, 4, 6],
@@ -166,9 +166,9 @@ def test_summary_and_ratios() -> None:
     lines = report.table(report.best(runs), "ours").splitlines()
     # Each at its better policy.
     assert lines[2:] == [
-        "| 1 | ours | 9 | passive | 4.0 (2.0 to 6.0) | 1.50 |",
+        "| 1 | ours | 9 | brief | 4.0 (2.0 to 6.0) | 1.50 |",
         "| 1 | peer | 32 | default | 6.0 (6.0 to 6.0) | 1.00 |",
-        "| 8 | ours | 9 | passive | 5.0 (5.0 to 5.0) |  |",
+        "| 8 | ours | 9 | brief | 5.0 (5.0 to 5.0) |  |",
     ]
 
 
@@ -195,7 +195,7 @@ def test_peers_that_fail_or_compute_something_else_are_reported(
     python = script(tmp_path, "exit 1")
 
     def timed(engine: bench_decode.Engine, policy: str, number: int, args: Any, vocabulary: int) -> dict[str, Any]:
-        if engine.name == bench_decode.LLAMA or (engine.name, policy, number) == (bench_decode.VLLM, "passive", 1):
+        if engine.name == bench_decode.LLAMA or (engine.name, policy, number) == (bench_decode.VLLM, "brief", 1):
             raise bench_decode.Failed("signal 4")
         logits = np.array([1, 2, 3] if engine.name != bench_decode.VLLM else [3, 1, 2], np.float32)
         np.save(args.work / f"{engine.name}.logits.npy", logits)

@@ -19,7 +19,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from moe_prism.waiting import brief_waiting
+
+os.environ.update(brief_waiting())  # before torch
 
 import numpy as np
 import torch

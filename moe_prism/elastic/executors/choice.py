@@ -16,6 +16,7 @@ from ...errors import PrismError
 from ...experts.neurons import num_neurons
 from .base import EXECUTORS, Executor, num_experts
 from .cpu import suits_pairs
+from .panels import PANELS
 
 AUTO = "auto"
 What = Literal["experts", "parts", "neurons"]  # runs: whole experts, parts of them, or parts but for some neurons
@@ -44,9 +45,17 @@ def choose_executor(
         block: neurons that are chosen together.
 
     Raises:
-        PrismError: the named executor cannot run this module or input; the message says why.
+        PrismError: the named executor, or the only one for weights in panels, cannot run this module or input; the
+            message says why.
     """
     some_neurons = what == "neurons"
+    if getattr(module, "panels", None) is not None:  # nothing else can read them
+        reason = _executor(PANELS).refusal(module, x)
+        if name not in (AUTO, PANELS):
+            reason = f"executor {name!r} reads rows"
+        if reason is not None:
+            raise PrismError(f"weights that lie in panels cannot run this: {reason}; load with panels=False")
+        return _executor(PANELS)
     if name != AUTO:
         chosen = _executor(name)
         reason = chosen.refusal(module, x)

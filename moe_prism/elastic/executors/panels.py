@@ -8,6 +8,7 @@ to be had from panels, so gates that read weights, and rules that skip neurons, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -39,34 +40,63 @@ class Panels(NamedTuple):
     n: int
 
     @classmethod
-    def of(cls, gate_up: Tensor, down: Tensor, n: int) -> Panels:
-        """From bfloat16 ``[E, 2C, H]`` and ``[E, H, C]``, which stay as they are; H is a multiple of 64."""
+    def of(cls, gate_up: Tensor, down: Tensor, n: int, *, in_place: bool = False) -> Panels:
+        """From bfloat16 ``[E, 2C, H]`` and ``[E, H, C]``; H is a multiple of 64.
+
+        Args:
+            gate_up: rows, contiguous where they are overwritten.
+            down: the same; or packed (``experts.packing``).
+            n: sub-experts of an expert.
+            in_place: the weights' own memory is overwritten by the panels, where these need no padding.
+        """
         experts, hidden, neurons = down.shape
         size = neurons // n
-        more = -size % NEURONS
-        blocks, whole = (size + more) // NEURONS, size + more
-        rows = torch.empty(experts * n, blocks, hidden // 2, 2, NEURONS, 2, dtype=torch.bfloat16)
-        columns = torch.empty(experts * n, hidden // COLUMNS, whole // 2, COLUMNS, 2, dtype=torch.bfloat16)
+        whole = size + -size % NEURONS
+        blocks = whole // NEURONS
+        rows_shape = n, blocks, hidden // 2, 2, NEURONS, 2
+        columns_shape = n, hidden // COLUMNS, whole // 2, COLUMNS, 2
+        if in_place and whole == size:
+            own = down if down.is_contiguous() else down.transpose(1, 2)
+            rows, columns = gate_up.view(experts, *rows_shape), own.view(experts, *columns_shape)
+        else:
+            rows = torch.empty(experts, *rows_shape, dtype=torch.bfloat16)
+            columns = torch.empty(experts, *columns_shape, dtype=torch.bfloat16)
         for expert in range(experts):  # so that no copy is larger than one of them
-            mine = slice(expert * n, (expert + 1) * n)
-            both = nn.functional.pad(gate_up[expert].reshape(2, n, size, hidden), (0, 0, 0, more))
-            rows[mine] = both.view(2, n, blocks, NEURONS, hidden // 2, 2).permute(1, 2, 4, 0, 3, 5)
-            one = nn.functional.pad(down[expert].reshape(hidden, n, size), (0, more))
-            columns[mine] = one.view(hidden // COLUMNS, COLUMNS, n, whole // 2, 2).permute(2, 0, 3, 1, 4)
+            both = nn.functional.pad(gate_up[expert].reshape(2, n, size, hidden), (0, 0, 0, whole - size))
+            rows[expert] = both.view(2, n, blocks, NEURONS, hidden // 2, 2).permute(1, 2, 4, 0, 3, 5).contiguous()
+            one = nn.functional.pad(down[expert].reshape(hidden, n, size), (0, whole - size))
+            paired = one.view(hidden // COLUMNS, COLUMNS, n, whole // 2, 2).permute(2, 0, 3, 1, 4)
+            columns[expert] = paired.contiguous()
         return cls(
-            _words(rows).reshape(experts * n * blocks, hidden // 2, COLUMNS),
-            _words(columns).reshape(experts * n, hidden // COLUMNS, whole // 2, COLUMNS),
+            as_words(rows).reshape(experts * n * blocks, hidden // 2, COLUMNS),
+            as_words(columns).reshape(experts * n, hidden // COLUMNS, whole // 2, COLUMNS),
             n,
         )
 
+    def rows(self, size: int) -> tuple[Tensor, Tensor]:
+        """What ``of`` was given, in new memory: bfloat16 ``[E, 2C, H]`` and ``[E, H, C]``, C being ``n * size``."""
+        units, wide, half, _ = self.down.shape
+        hidden, experts, whole = wide * COLUMNS, units // self.n, 2 * half
+        both = as_pairs(self.gate_up).view(experts, self.n, whole // NEURONS, hidden // 2, 2, NEURONS, 2)
+        gate_up = both.permute(0, 4, 1, 2, 5, 3, 6).reshape(experts, 2, self.n, whole, hidden)[:, :, :, :size]
+        one = as_pairs(self.down).view(experts, self.n, wide, half, COLUMNS, 2)
+        down = one.permute(0, 2, 4, 1, 3, 5).reshape(experts, hidden, self.n, whole)[..., :size]
+        return gate_up.reshape(experts, -1, hidden), down.reshape(experts, hidden, -1)
 
-def _words(pairs: Tensor) -> NDArray[np.uint32]:
+
+def as_words(pairs: Tensor) -> NDArray[np.uint32]:
+    """Contiguous bfloat16 as words of two. No copy."""
     words: NDArray[np.uint32] = pairs.view(torch.int16).numpy().view(np.uint32)
     return words
 
 
+def as_pairs(words: NDArray[np.uint32]) -> Tensor:
+    """The bfloat16 of words, one after the other. No copy."""
+    return torch.from_numpy(words.view(np.int16)).view(torch.bfloat16)
+
+
 def panels_suit(dtype: torch.dtype, hidden: int, neurons: int, n: int) -> bool:
-    """Whether this CPU runs sub-experts of such sizes on panels, and wastes little on their padding.
+    """Whether this CPU is fast on sub-experts of such sizes in panels, and wastes little on their padding.
 
     Args:
         dtype: of weights and tokens.
@@ -76,7 +106,13 @@ def panels_suit(dtype: torch.dtype, hidden: int, neurons: int, n: int) -> bool:
     """
     size = neurons // n
     fits = not hidden % COLUMNS and size + -size % NEURONS <= _WASTE * size
-    return dtype == torch.bfloat16 and fits and has_products_of_pairs()
+    return dtype == torch.bfloat16 and fits and panels_are_fast()
+
+
+@cache
+def panels_are_fast() -> bool:
+    """Whether this CPU has products of bfloat16 pairs, and no matrix tiles (AMX), beside which they were not tried."""
+    return has_products_of_pairs() and not torch.cpu._is_amx_tile_supported()
 
 
 @EXECUTORS.register(PANELS)

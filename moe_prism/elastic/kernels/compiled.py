@@ -108,3 +108,10 @@ def _narrow(_context: Any, value: Any, like: Any) -> Any:
 
 
 narrow: Any = intrinsic(_narrow)
+
+
+@inner
+def round_into(values: Any, out: Any) -> None:
+    """fp32 numbers in the dtype of ``out``, of the same length."""
+    for i in range(out.shape[0]):
+        out[i] = narrow(values[i], out[i])

@@ -13,7 +13,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from .compiled import inner, narrow, parallel, serial, share_tasks
+from .compiled import inner, narrow, parallel, round_into, serial, share_tasks
 from .dots import COLUMNS, TILE, sum_one, sum_tile, sum_two
 from .gated import run_starts
 from .neurons import by_value
@@ -22,12 +22,12 @@ from .threads import Kernel
 
 Array = Any
 NEURONS = COLUMNS // 2  # of a panel of gate and up: their gate columns, then their up columns
-_ROW = 4 * COLUMNS  # bytes
-_TOGETHER = 32  # tokens whose projections are kept while a panel is at hand
+ROW = 4 * COLUMNS  # bytes
+TOGETHER = 32  # tokens whose projections are kept while a panel is at hand
 
 
 @serial
-def _add_products(
+def add_products(
     panel: int, count: int, values: int, width: int, row: Array, outs: int, span: int, place: Array, s0: int, s1: int
 ) -> None:
     """``count`` row pairs of a panel times ``s0 .. s1``, added to 64 sums each.
@@ -40,17 +40,17 @@ def _add_products(
         if s1 - s >= TILE:
             sum_tile(
                 panel,
-                _ROW,
+                ROW,
                 (v, values + width * row[s + 1], values + width * row[s + 2], values + width * row[s + 3]),
                 (o, outs + span * place[s + 1], outs + span * place[s + 2], outs + span * place[s + 3]),
                 count,
             )
             s += TILE
         elif s1 - s >= 2:
-            sum_two(panel, _ROW, (v, values + width * row[s + 1]), (o, outs + span * place[s + 1]), count)
+            sum_two(panel, ROW, (v, values + width * row[s + 1]), (o, outs + span * place[s + 1]), count)
             s += 2
         else:
-            sum_one(panel, _ROW, (v,), (o,), count)
+            sum_one(panel, ROW, (v,), (o,), count)
             s += 1
 
 
@@ -58,9 +58,9 @@ def _add_products(
 def _activate(projected: Array, count: int, weight: Array, s0: int, active: Array, column: int) -> None:
     """``weight * silu(gate) * up`` of ``count`` pairs from ``s0`` on, into 32 columns of ``active``."""
     for i in range(count):
+        scale, values, out = weight[s0 + i], projected[i], active[s0 + i, column : column + NEURONS]
         for c in range(NEURONS):
-            value = weight[s0 + i] * (silu(projected[i, c]) * projected[i, NEURONS + c])
-            active[s0 + i, column + c] = narrow(value, active[s0 + i, column + c])
+            out[c] = narrow(scale * (silu(values[c]) * values[NEURONS + c]), out[c])
 
 
 def _gated_panels(
@@ -72,15 +72,15 @@ def _gated_panels(
     active = np.empty((pairs, parts * size), np.uint16)
     bounds = share_tasks(starts, panels, 1, threads)
     for thread in numba.prange(threads):
-        projected = np.empty((_TOGETHER, COLUMNS), np.float32)
+        projected = np.empty((TOGETHER, COLUMNS), np.float32)
         for task in range(bounds[thread], bounds[thread + 1]):
             group, panel = task // panels, task % panels
             at = gate_up[unit[starts[group]] * panels + panel].ctypes.data
-            for s0 in range(starts[group], starts[group + 1], _TOGETHER):
-                s1 = min(s0 + _TOGETHER, starts[group + 1])
+            for s0 in range(starts[group], starts[group + 1], TOGETHER):
+                s1 = min(s0 + TOGETHER, starts[group + 1])
                 projected[:] = 0
-                outs = projected.ctypes.data - _ROW * s0
-                _add_products(at, hidden // 2, x.ctypes.data, 2 * hidden, token, outs, _ROW, every, s0, s1)
+                outs = projected.ctypes.data - ROW * s0
+                add_products(at, hidden // 2, x.ctypes.data, 2 * hidden, token, outs, ROW, every, s0, s1)
                 _activate(projected, s1 - s0, weight, s0, active, panel * NEURONS)
     sums = np.zeros(x.shape, np.float32)
     out = np.empty(x.shape, np.uint16)
@@ -92,11 +92,10 @@ def _gated_panels(
             for part in range(parts):
                 for block in range(first, last):
                     at = down[unit[s0] * parts + part, block].ctypes.data
-                    values, outs = active.ctypes.data + 2 * size * part, sums.ctypes.data + _ROW * block
-                    _add_products(at, size // 2, values, 2 * parts * size, every, outs, 4 * hidden, token, s0, s1)
+                    values, outs = active.ctypes.data + 2 * size * part, sums.ctypes.data + ROW * block
+                    add_products(at, size // 2, values, 2 * parts * size, every, outs, 4 * hidden, token, s0, s1)
         for t in range(x.shape[0]):
-            for h in range(COLUMNS * first, COLUMNS * last):
-                out[t, h] = narrow(sums[t, h], x[t, h])
+            round_into(sums[t, COLUMNS * first : COLUMNS * last], out[t, COLUMNS * first : COLUMNS * last])
     return out
 
 

@@ -1,11 +1,8 @@
 """Run a kernel on as many threads as torch would use, safely from any thread and after a fork.
 
 Numba's pool may refuse to be entered twice, so a lock lets one parallel kernel run at a time; the cores
-would be shared anyway. A forked child has no pool: it computes on its own thread.
-
-Waking a sleeping thread took 50 us at the begin and end of every parallel loop, a third of a layer's time at
-one token; so the pool's threads spin for a moment before they sleep. Torch has a pool of its own, with its own
-rules.
+would be shared anyway. A forked child has no pool: it computes on its own thread. How waiting threads wait is
+``moe_prism.waiting``'s business, or the user's.
 """
 
 from __future__ import annotations
@@ -19,29 +16,12 @@ import numba
 import torch
 
 _LARGEST_POOL: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-# Turns that a waiting thread spins: about half a millisecond, longer than the work between two layers.
-_SPIN = "30000"
-_SPIN_VARIABLE = "GOMP_SPINCOUNT"
 
 
 class _Pool:
     def __init__(self) -> None:
         self.forked = False
-        self.started = False
         self.lock = threading.Lock()
-
-    def set_threads(self, threads: int) -> None:
-        """How many threads the next loop uses; the lock is held."""
-        if self.started or _SPIN_VARIABLE in os.environ:
-            numba.set_num_threads(threads)
-            return
-        # Numba loads its OpenMP with the first call, and that reads the variable once; nobody else shall see it.
-        os.environ[_SPIN_VARIABLE] = _SPIN
-        try:
-            numba.set_num_threads(threads)
-            self.started = True
-        finally:
-            del os.environ[_SPIN_VARIABLE]
 
     def after_fork(self) -> None:
         self.forked = True
@@ -65,5 +45,9 @@ class Kernel:
         if threads == 1 or _POOL.forked:
             return self._serial(1, *arguments)
         with _POOL.lock:
-            _POOL.set_threads(threads)
+            numba.set_num_threads(threads)
             return self._parallel(threads, *arguments)
+
+    def alone(self, *arguments: Any) -> Any:
+        """Run on the calling thread: work that is less than what waking others costs."""
+        return self._serial(1, *arguments)
