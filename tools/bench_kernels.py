@@ -45,6 +45,7 @@ from moe_prism.evaluation.environment import machine, versions
 from moe_prism.experts import find_expert_layers
 from moe_prism.experts.packing import pack, packed_rows
 from moe_prism.gates import GATES
+from moe_prism.huge_pages import use_huge_pages
 
 SHAPE = {"hidden_size": 2048, "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8}
 N = 4
@@ -94,11 +95,18 @@ def make_layer(dtype: torch.dtype, seed: int) -> torch.nn.Module:
     return module
 
 
+def lie_well(module: torch.nn.Module) -> None:
+    """What ``load_elastic`` does to the memory of weights."""
+    for weight in module.parameters():
+        use_huge_pages(weight.data_ptr(), weight.nbytes)
+
+
 class Bench:
     """The layer in its forms, and what can be timed on it."""
 
     def __init__(self, seed: int, baselines: bool = True) -> None:
         self.ours = make_layer(torch.bfloat16, seed)
+        lie_well(self.ours)
         pack(self.ours)
         self.stock = make_layer(torch.bfloat16, seed) if baselines else None
         self.stock32 = make_layer(torch.float32, seed) if baselines else None
@@ -108,6 +116,7 @@ class Bench:
         state = ElasticLayer("bench", self.dial, gate, {"importance": importance}, N)
         self.ours.__dict__["_moe_prism"] = state
         self.panels = make_layer(torch.bfloat16, seed)
+        lie_well(self.panels)
         self.panels.__dict__["_moe_prism"] = state
         self.executors = {"cpu": self.ours} | ({PANELS: self.panels} if use_panels(self.panels, N) else {})
         self.rng = torch.Generator().manual_seed(seed)

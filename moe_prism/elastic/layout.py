@@ -1,8 +1,7 @@
 """A module's weights move from rows into panels, which only products with tokens need, and back.
 
-In panels they lie in the memory of the rows, whose parameters keep their shapes and have no values any more (they are
-on torch's meta device). Whoever asks the module for its state, moves it or loads into it meets rows. Knows nothing of
-checkpoints.
+The rows' parameters keep their shapes then and have no values (they are on torch's meta device). Whoever asks the
+module for its state, moves it or loads into it meets rows. Knows nothing of checkpoints.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def use_panels(module: nn.Module, n: int) -> bool:
 
 
 def use_linear_panels(model: nn.Module) -> None:
-    """The same for every ``FastLinear`` of a model whose weight is its own."""
+    """The same, in new memory, one by one, for every ``FastLinear`` of a model whose weight is its own."""
     owners: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1

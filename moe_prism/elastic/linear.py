@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import PrismError
+from ..huge_pages import prefer_huge_pages
 from .executors.choice import large_products_are_fast
 from .executors.panels import as_pairs, as_words, panels_are_fast
 from .executors.rows import as_rows, forget, from_rows, matrix_of
@@ -47,13 +48,13 @@ class LinearPanels(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> LinearPanels:
-        """From bfloat16 ``[O, I]``, contiguous, whose memory is overwritten; O is a multiple of 64."""
-        size = weight.shape[1]
-        for rows in weight.split(COLUMNS):  # a panel lies where its rows lay
-            panel = rows.view(COLUMNS, size // 2, 2).transpose(0, 1).contiguous()
-            rows.view(panel.shape).copy_(panel)
-        added = torch.zeros(len(weight)) if bias is None else bias.detach().float()
-        return cls(as_words(weight).reshape(-1, size // 2, COLUMNS), added.numpy())
+        """From bfloat16 ``[O, I]``, O a multiple of 64, in new memory: a loaded weight is often a view of its file."""
+        outputs, size = weight.shape
+        panels = torch.empty(outputs // COLUMNS, size // 2, COLUMNS, 2, dtype=weight.dtype)
+        prefer_huge_pages(panels.data_ptr(), panels.nbytes)
+        panels.copy_(weight.view(-1, COLUMNS, size // 2, 2).transpose(1, 2))
+        added = torch.zeros(outputs) if bias is None else bias.detach().float()
+        return cls(as_words(panels).reshape(-1, size // 2, COLUMNS), added.numpy())
 
     def rows(self) -> Tensor:
         """The weight again, in new memory."""

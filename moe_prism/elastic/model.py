@@ -25,6 +25,7 @@ from ..experts.neurons import is_plain
 from ..experts.packing import pack, unpack
 from ..experts.shadow import Shadow
 from ..gates import GATES
+from ..huge_pages import use_huge_pages
 from .budgets import HOOKS, budget, set_budget
 from .compensation import recalibration
 from .dial import Dial, named_points, spread_table
@@ -234,6 +235,9 @@ def load_elastic(
         str(path), dtype=dtype, experts_implementation=IMPLEMENTATION
     )
     model.eval().requires_grad_(False)  # kernels have no gradients
+    for weight in model.parameters():
+        if weight.device.type == "cpu":
+            use_huge_pages(weight.data_ptr(), weight.nbytes)
     dial = attach(model, checkpoint.elastic, checkpoint.tensors())
     dial.executor = executor
     measured = checkpoint.operating_points()

@@ -31,6 +31,7 @@ from typing_extensions import Buffer
 
 from ..errors import CheckpointError, PrismError
 from ..experts.shadow import GROUP
+from ..huge_pages import prefer_huge_pages
 
 PAGE = 4096
 # Of a block, read at once: between two pieces a read that nobody needs any longer can end.
@@ -253,6 +254,8 @@ def aligned(size: int) -> NDArray[np.uint8]:
         PrismError: there is not enough memory.
     """
     try:
-        return np.frombuffer(mmap.mmap(-1, size), np.uint8)
+        memory = np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
     except OSError as error:
         raise PrismError(f"cannot reserve {size} bytes for the cache ({error}); lower --memory") from None
+    prefer_huge_pages(memory.ctypes.data, size)
+    return memory

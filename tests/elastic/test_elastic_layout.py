@@ -182,10 +182,8 @@ def test_a_linear_layer_in_panels(tokens: int, size: tuple[int, int], bias: bool
 def test_linear_layers_keep_their_values() -> None:
     layer = nn.Linear(512, 192).bfloat16().requires_grad_(False)
     before = layer.weight.clone()
-    address = layer.weight.data_ptr()
     use_fast_linear(nn.Sequential(layer))
     use_linear_panels(layer)
-    assert layer.panels.weight.ctypes.data == address  # in its own memory
     assert torch.equal(layer.state_dict()["weight"], before)
     with pytest.raises(PrismError, match=r"not torch\.float32 on cpu; load with panels=False"):
         layer(torch.randn(1, 512))

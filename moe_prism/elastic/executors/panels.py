@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ...huge_pages import prefer_huge_pages
 from ..kernels.dots import COLUMNS, has_products_of_pairs
 from ..kernels.gated_panels import NEURONS, gated_panels, whole_panels
 from ..selection import Selection
@@ -61,6 +62,8 @@ class Panels(NamedTuple):
         else:
             rows = torch.empty(experts, *rows_shape, dtype=torch.bfloat16)
             columns = torch.empty(experts, *columns_shape, dtype=torch.bfloat16)
+            for fresh in (rows, columns):
+                prefer_huge_pages(fresh.data_ptr(), fresh.nbytes)
         for expert in range(experts):  # so that no copy is larger than one of them
             both = nn.functional.pad(gate_up[expert].reshape(2, n, size, hidden), (0, 0, 0, whole - size))
             rows[expert] = both.view(2, n, blocks, NEURONS, hidden // 2, 2).permute(1, 2, 4, 0, 3, 5).contiguous()
