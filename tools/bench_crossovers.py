@@ -3,13 +3,14 @@
     python tools/bench_crossovers.py --out build/bench/crossovers.json
     make bench-crossovers
 
-Three questions. A linear layer, of 2,048 x 2,048 and smaller: our row kernel or torch's product, by tokens. An MoE
+The questions: a linear layer, of 2,048 x 2,048 and smaller: our row kernel or torch's product, by tokens; an MoE
 layer of 16 experts of 512 neurons and hidden 1,024, top-4, N = 4, at half budget: work in proportion to the selection
 (executor cpu) or large products with the rest set to zero (masked), by routed tokens per expert. The same where all
-sub-experts are looked at and half of the neurons kept (gate-first). Both ways take turns inside one process, with fresh
-inputs, in bfloat16 and fp32; a ratio is that of two neighbouring calls, its median and quartiles are given. The weights
-of a call were not used by the call before it, so that they come from memory, as in a model of many layers (those of
-the smaller linear layers fit in caches, as they do in a small model).
+sub-experts are looked at and half of the neurons kept (gate-first). Where the CPU has products of bfloat16 pairs, also
+panels: a linear layer in them or torch's product, and the MoE layer in them or ``cpu``. Both ways take turns inside
+one process, with fresh inputs, in bfloat16 and fp32; a ratio is that of two neighbouring calls, its median and
+quartiles are given. The weights of a call were not used by the call before it, so that they come from memory, as in a
+model of many layers (those of the smaller linear layers fit in caches, as they do in a small model).
 """
 
 from __future__ import annotations
@@ -31,8 +32,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moe_prism.checkpoint.atomic import replace_file
 from moe_prism.elastic.cpu_selection import select
 from moe_prism.elastic.executors import EXECUTORS, NeuronRule
-from moe_prism.elastic.executors.rows import as_rows
+from moe_prism.elastic.executors.panels import PANELS, Panels
+from moe_prism.elastic.executors.rows import as_rows, from_rows
 from moe_prism.elastic.kernels import multiply_rows
+from moe_prism.elastic.kernels.dots import has_products_of_pairs
+from moe_prism.elastic.kernels.linear_panels import linear_panels
+from moe_prism.elastic.linear import LinearPanels
 from moe_prism.evaluation.environment import machine, versions
 from moe_prism.experts import find_expert_layers
 from moe_prism.experts.packing import pack
@@ -61,16 +66,32 @@ def linear(dtype: torch.dtype, tokens: int, rng: torch.Generator, size: int = 20
     return ours, lambda turn: torch.nn.functional.linear(x, weights[turn % COPIES])
 
 
-def experts(dtype: torch.dtype, per_expert: int, rng: torch.Generator, neurons: bool = False) -> Pair:
-    """(cpu, masked), of half the sub-experts or of half the neurons."""
+def linear_in_panels(dtype: torch.dtype, tokens: int, rng: torch.Generator, size: int = 2048) -> Pair:
+    """(panels, torch's)."""
+    weights = [torch.randn(size, size, generator=rng).to(dtype) for _ in range(COPIES)]
+    panels = [LinearPanels.of(weight, None) for weight in weights]
+    x = torch.randn(tokens, size, generator=rng).to(dtype)
+
+    def ours(turn: int) -> torch.Tensor:
+        mine = panels[turn % COPIES]
+        return from_rows(linear_panels(mine.weight, as_rows(x), mine.bias), x)
+
+    return ours, lambda turn: torch.nn.functional.linear(x, weights[turn % COPIES])
+
+
+def experts(dtype: torch.dtype, per_expert: int, rng: torch.Generator, what: str = "parts") -> Pair:
+    """(cpu, masked), of half the sub-experts or of half the neurons; or (panels, cpu)."""
     layers = []
     for _ in range(3):
         config = AutoConfig.for_model("olmoe", vocab_size=64, num_hidden_layers=1, num_attention_heads=8, **SHAPE)
         module = find_expert_layers(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())[0].module
         for parameter in module.parameters():
             parameter.requires_grad_(False).normal_(std=0.02, generator=rng)
+        if what == "panels":
+            module.panels = Panels.of(module.gate_up_proj, module.down_proj, N)
         pack(module)
         layers.append(module)
+    neurons = what == "neurons"
     k, e = SHAPE["num_experts_per_tok"], SHAPE["num_experts"]
     tokens = per_expert * e // k
     x = torch.randn(tokens, SHAPE["hidden_size"], generator=rng).to(dtype)
@@ -85,7 +106,10 @@ def experts(dtype: torch.dtype, per_expert: int, rng: torch.Generator, neurons: 
             lambda turn: cpu.run_some(layers[turn % 3], x, chosen, N, rule),
             lambda turn: masked.run_some(layers[turn % 3], x, chosen, N, rule),
         )
-    return lambda turn: cpu.run(layers[turn % 3], x, chosen, N), lambda turn: masked.run(layers[turn % 3], x, chosen, N)
+    first, second = (EXECUTORS.create(PANELS), cpu) if what == "panels" else (cpu, masked)
+    return lambda turn: first.run(layers[turn % 3], x, chosen, N), lambda turn: second.run(
+        layers[turn % 3], x, chosen, N
+    )
 
 
 def ratio(pair: Pair, turns: int) -> dict[str, float | list[float]]:
@@ -112,7 +136,11 @@ QUESTIONS: dict[str, tuple[Callable[[torch.dtype, int, torch.Generator], Pair], 
     "linear 1024": (partial(linear, size=1024), LINEAR_TOKENS[:6]),
     "linear 384": (partial(linear, size=384), LINEAR_TOKENS[:6]),
     "experts": (experts, TOKENS_PER_EXPERT),
-    "neurons": (partial(experts, neurons=True), TOKENS_PER_EXPERT),
+    "neurons": (partial(experts, what="neurons"), TOKENS_PER_EXPERT),
+    "linear panels": (linear_in_panels, LINEAR_TOKENS),
+    "linear panels 1024": (partial(linear_in_panels, size=1024), LINEAR_TOKENS),
+    "linear panels 256": (partial(linear_in_panels, size=256), LINEAR_TOKENS),
+    "experts panels": (partial(experts, what="panels"), TOKENS_PER_EXPERT),
 }
 
 
@@ -132,7 +160,8 @@ def main() -> None:
         rows = [row for row in json.loads(args.out.read_text())["rows"] if row["what"] != args.what]
     for dtype in (torch.bfloat16, torch.float32):
         for what, (make, sizes) in QUESTIONS.items():
-            for size in sizes if args.what in (None, what) else ():
+            runs = "panels" not in what or (dtype == torch.bfloat16 and has_products_of_pairs())
+            for size in sizes if runs and args.what in (None, what) else ():
                 rng = torch.Generator().manual_seed(args.seed)
                 found = ratio(make(dtype, size, rng), args.turns)
                 rows.append({"what": what, "dtype": str(dtype).removeprefix("torch."), "tokens": size, **found})

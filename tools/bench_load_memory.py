@@ -60,7 +60,7 @@ def main() -> None:
         model.generate(torch.tensor([[1]]), max_new_tokens=2, do_sample=False, k_active=0.5)
     done.set()
     watcher.join()
-    weights = sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values())
+    weights = sum({p.data_ptr() or id(p): p.numel() * p.element_size() for p in model.parameters()}.values())
     record = {
         "command": shlex.join(["python", *sys.argv]),
         "machine": machine(model),
