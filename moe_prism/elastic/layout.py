@@ -61,15 +61,15 @@ def use_panels(module: nn.Module, n: int) -> bool:
     return True
 
 
-def use_linear_panels(model: nn.Module) -> None:
-    """The same, in new memory, one by one, for every ``FastLinear`` of a model whose weight is its own."""
+def use_linear_panels(model: nn.Module, *, in_place: bool = False) -> None:
+    """The same, one by one, for every ``FastLinear`` of a model whose weight is its own; see ``LinearPanels.of``."""
     owners: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for module in model.modules():
         if isinstance(module, FastLinear) and owners[id(module.weight)] == 1 and linear_suits(module.weight):
             with torch.no_grad():
-                module.panels = LinearPanels.of(module.weight.detach(), module.bias)
+                module.panels = LinearPanels.of(module.weight.detach(), module.bias, in_place=in_place)
             _hide(module, _row_of_linear)
 
 

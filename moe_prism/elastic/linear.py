@@ -47,12 +47,23 @@ class LinearPanels(NamedTuple):
     bias: NDArray[np.float32]
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None) -> LinearPanels:
-        """From bfloat16 ``[O, I]``, O a multiple of 64, in new memory: a loaded weight is often a view of its file."""
+    def of(cls, weight: Tensor, bias: Tensor | None, *, in_place: bool = False) -> LinearPanels:
+        """From bfloat16 ``[O, I]``, O a multiple of 64.
+
+        Args:
+            weight: contiguous.
+            bias: ``[O]`` or None.
+            in_place: overwrite the weight's memory. New memory can lie in huge pages, where a loaded weight is often a
+                view of its file.
+        """
         outputs, size = weight.shape
-        panels = torch.empty(outputs // COLUMNS, size // 2, COLUMNS, 2, dtype=weight.dtype)
-        prefer_huge_pages(panels.data_ptr(), panels.nbytes)
-        panels.copy_(weight.view(-1, COLUMNS, size // 2, 2).transpose(1, 2))
+        if in_place:
+            panels = weight.view(outputs // COLUMNS, size // 2, COLUMNS, 2)
+        else:
+            panels = torch.empty(outputs // COLUMNS, size // 2, COLUMNS, 2, dtype=weight.dtype)
+            prefer_huge_pages(panels.data_ptr(), panels.nbytes)
+        for rows, panel in zip(weight.split(COLUMNS), panels, strict=True):  # a panel lies where its rows lay
+            panel.copy_(rows.view(COLUMNS, size // 2, 2).transpose(0, 1).contiguous())
         added = torch.zeros(outputs) if bias is None else bias.detach().float()
         return cls(as_words(panels).reshape(-1, size // 2, COLUMNS), added.numpy())
 

@@ -100,7 +100,7 @@ def load_offloaded(
             attach_shadow(model, manager, files[1], slots[1], rule=rule, readers=readers)
         use_fast_linear(model)
         use_fast_norms(model)
-        use_linear_panels(model)
+        use_linear_panels(model, in_place=True)  # pages of a mapped file would count beside the new ones
         opened.pop_all()  # the manager closes them from now on
     return model
 

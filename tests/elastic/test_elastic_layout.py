@@ -179,11 +179,13 @@ def test_a_linear_layer_in_panels(tokens: int, size: tuple[int, int], bias: bool
 
 
 @needs_pairs
-def test_linear_layers_keep_their_values() -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_linear_layers_keep_their_values(in_place: bool) -> None:
     layer = nn.Linear(512, 192).bfloat16().requires_grad_(False)
-    before = layer.weight.clone()
+    before, address = layer.weight.clone(), layer.weight.data_ptr()
     use_fast_linear(nn.Sequential(layer))
-    use_linear_panels(layer)
+    use_linear_panels(layer, in_place=in_place)
+    assert (layer.panels.weight.ctypes.data == address) == in_place
     assert torch.equal(layer.state_dict()["weight"], before)
     with pytest.raises(PrismError, match=r"not torch\.float32 on cpu; load with panels=False"):
         layer(torch.randn(1, 512))
