@@ -42,6 +42,7 @@ def server(checkpoint: Path, elastic: Options | None, options: dict[str, Any], f
     file.write_text(yaml.safe_dump({**settings, **names, "no-enable-prefix-caching": True}))
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    environment.pop("GOMP_SPINCOUNT", None)  # server, engine and clients share the cores: whoever waits shall sleep
     if elastic is None:
         environment["VLLM_PLUGINS"] = ""
     with serving(file, environment=environment) as address:
