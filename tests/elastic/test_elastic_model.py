@@ -139,7 +139,8 @@ def test_plain_from_pretrained_gives_the_original_and_with_our_name_the_elastic_
     original = logits(AutoModelForCausalLM.from_pretrained(stock, dtype=torch.float32))
     plain = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert (logits(plain) - original).abs().max() <= 1e-4
-    explicit = moe_prism.load_elastic(out, dtype=torch.float32)
+    # linear layers and norms by their own kernels add up in another order
+    explicit = moe_prism.load_elastic(out, dtype=torch.float32, fast_linear=False)
     lazy = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, experts_implementation="moe_prism").eval()
     assert (logits(lazy) - original).abs().max() <= 1e-4
     moe_prism.set_budget(lazy, 3)
