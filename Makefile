@@ -243,7 +243,7 @@ build/bench/experts/config.json: | $(VENV)/.dev
 	$(BIN)/python tools/expert_model.py build/bench/experts
 
 build/bench/vllm-cost.json: build/bench/experts/config.json | $(VENV)/.vllm
-	VLLM_CPU_OMP_THREADS_BIND=nobind $(VENV)/vllm/bin/python -c 'from moe_prism.cli import main; main()' vllm-cost build/bench/experts --out $@ \
+	env -u GOMP_SPINCOUNT VLLM_CPU_OMP_THREADS_BIND=nobind $(VENV)/vllm/bin/python -c 'from moe_prism.cli import main; main()' vllm-cost build/bench/experts --out $@ \
 	  --dtype bfloat16 --eager --max-model-len 512
 
 bench-vllm: build/bench/vllm-cost.json ## the plugin against stock vLLM: decode steps, goodput (12 minutes) -> build/bench/vllm.json

@@ -40,12 +40,11 @@ from moe_prism.elastic.executors import EXECUTORS, NeuronRule
 from moe_prism.elastic.executors.panels import PANELS
 from moe_prism.elastic.executors.rows import as_rows
 from moe_prism.elastic.layer import ElasticLayer, elastic_experts
-from moe_prism.elastic.layout import use_panels
+from moe_prism.elastic.layout import in_huge_pages, use_panels
 from moe_prism.evaluation.environment import machine, versions
 from moe_prism.experts import find_expert_layers
 from moe_prism.experts.packing import pack, packed_rows
 from moe_prism.gates import GATES
-from moe_prism.huge_pages import use_huge_pages
 
 SHAPE = {"hidden_size": 2048, "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8}
 N = 4
@@ -95,18 +94,12 @@ def make_layer(dtype: torch.dtype, seed: int) -> torch.nn.Module:
     return module
 
 
-def lie_well(module: torch.nn.Module) -> None:
-    """What ``load_elastic`` does to the memory of weights."""
-    for weight in module.parameters():
-        use_huge_pages(weight.data_ptr(), weight.nbytes)
-
-
 class Bench:
     """The layer in its forms, and what can be timed on it."""
 
     def __init__(self, seed: int, baselines: bool = True) -> None:
         self.ours = make_layer(torch.bfloat16, seed)
-        lie_well(self.ours)
+        in_huge_pages(self.ours)
         pack(self.ours)
         self.stock = make_layer(torch.bfloat16, seed) if baselines else None
         self.stock32 = make_layer(torch.float32, seed) if baselines else None
@@ -115,10 +108,12 @@ class Bench:
         gate = GATES.create("static", {})
         state = ElasticLayer("bench", self.dial, gate, {"importance": importance}, N)
         self.ours.__dict__["_moe_prism"] = state
-        self.panels = make_layer(torch.bfloat16, seed)
-        lie_well(self.panels)
-        self.panels.__dict__["_moe_prism"] = state
-        self.executors = {"cpu": self.ours} | ({PANELS: self.panels} if use_panels(self.panels, N) else {})
+        self.executors = {"cpu": self.ours}
+        other = make_layer(torch.bfloat16, seed)
+        in_huge_pages(other)
+        if use_panels(other, N):
+            other.__dict__["_moe_prism"] = state
+            self.executors[PANELS] = other
         self.rng = torch.Generator().manual_seed(seed)
         self.scale = torch.rand(SHAPE["num_experts"], SHAPE["intermediate_size"], generator=self.rng)
 

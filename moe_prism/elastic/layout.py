@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..experts.neurons import is_plain, num_neurons
+from ..huge_pages import use_huge_pages
 from .executors.panels import Panels, panels_suit
 from .linear import FastLinear, LinearPanels, linear_suits
 
@@ -32,6 +33,13 @@ class _Layout:
 
     rows: Callable[[nn.Module], dict[str, Tensor]]
     hooks: tuple[Any, ...]
+
+
+def in_huge_pages(module: nn.Module) -> None:
+    """Let a module's weights on the CPU lie in huge pages; see ``use_huge_pages``."""
+    for weight in module.parameters():
+        if weight.device.type == "cpu":
+            use_huge_pages(weight.data_ptr(), weight.nbytes)
 
 
 def lies_in_panels(module: nn.Module) -> bool:

@@ -30,9 +30,9 @@ SMALLEST = {torch.float32: 1 << 20, torch.bfloat16: 1 << 22}
 # Where the CPU has no fast bfloat16 product, the kernel is five times faster as far as was measured; still smaller
 # layers cost less than starting the threads.
 FEW_EMULATED = 512
+SMALLEST_EMULATED = 1 << 16
 # In panels: 1.2 to 2.6 times faster than torch at 1 to 32 tokens, about level from 128 on.
 SMALLEST_PANELS = 1 << 15
-SMALLEST_EMULATED = 1 << 16
 
 
 class LinearPanels(NamedTuple):

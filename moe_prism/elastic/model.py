@@ -25,7 +25,6 @@ from ..experts.neurons import is_plain
 from ..experts.packing import pack, unpack
 from ..experts.shadow import Shadow
 from ..gates import GATES
-from ..huge_pages import use_huge_pages
 from .budgets import HOOKS, budget, set_budget
 from .compensation import recalibration
 from .dial import Dial, named_points, spread_table
@@ -34,7 +33,7 @@ from .executors.panels import PANELS
 from .fingerprint import matches
 from .ladder import LadderPlan, Rung
 from .layer import ElasticLayer
-from .layout import use_linear_panels, use_panels, use_rows
+from .layout import in_huge_pages, use_linear_panels, use_panels, use_rows
 from .linear import use_fast_linear
 from .norms import use_fast_norms
 from .plan import Plan
@@ -235,9 +234,7 @@ def load_elastic(
         str(path), dtype=dtype, experts_implementation=IMPLEMENTATION
     )
     model.eval().requires_grad_(False)  # kernels have no gradients
-    for weight in model.parameters():
-        if weight.device.type == "cpu":
-            use_huge_pages(weight.data_ptr(), weight.nbytes)
+    in_huge_pages(model)
     dial = attach(model, checkpoint.elastic, checkpoint.tensors())
     dial.executor = executor
     measured = checkpoint.operating_points()
@@ -248,13 +245,13 @@ def load_elastic(
         use_fast_norms(model)
         if panels:
             use_linear_panels(model)
-    if panels and executor in (AUTO, PANELS) and runs_whole_sub_experts(checkpoint.elastic):
+    whole = runs_whole_sub_experts(checkpoint.elastic) and not GATES.get(checkpoint.elastic.gate).reads_weights
+    if panels and executor in (AUTO, PANELS) and whole:
         for layer in find_expert_layers(model):
             use_panels(layer.module, checkpoint.elastic.num_sub_experts)
     return model
 
 
 def runs_whole_sub_experts(elastic: ElasticConfig) -> bool:
-    """Whether experts' weights serve nothing but products with tokens: no neurons are chosen, no gate reads them."""
-    gate = GATES.get(elastic.gate)
-    return elastic.scan is None and elastic.ladder is None and not gate.reads_weights
+    """Whether every budget does, so that but for gates weights serve nothing but products with tokens."""
+    return elastic.scan is None and elastic.ladder is None

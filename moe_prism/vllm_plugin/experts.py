@@ -22,7 +22,7 @@ from ..elastic.compensation import Compensation, OutputScale, Recalibration
 from ..elastic.dial import Dial, StepBudgets
 from ..elastic.executors.panels import PANELS, Panels, panels_suit, run_whole
 from ..elastic.layer import require_state, run_budgets
-from ..elastic.model import attach_layer, check_weights, dial_for
+from ..elastic.model import attach_layer, check_weights, dial_for, runs_whole_sub_experts
 from ..errors import UnsupportedModelError
 from ..gates import GATES
 from .cpu_kernel import NAME, VirtualExperts, all_sub_experts, fits
@@ -201,10 +201,9 @@ def make_elastic(model: nn.Module, setup: Setup) -> Dial:
 
 def _runs_whole_sub_experts(setup: Setup) -> bool:
     """Whether weights serve products only; else rows are kept for the executors of ``elastic``."""
-    elastic, gate = setup.elastic, GATES.get(setup.elastic.gate)
-    whole = elastic.scan is None and elastic.ladder is None
+    gate = GATES.get(setup.elastic.gate)
     rows = gate.reads_weights and not gate.reads_neurons
-    return current_platform.is_cpu() and whole and not rows
+    return current_platform.is_cpu() and runs_whole_sub_experts(setup.elastic) and not rows
 
 
 def _suits_panels(setup: Setup, moe: Any) -> bool:

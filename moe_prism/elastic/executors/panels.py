@@ -48,7 +48,8 @@ class Panels(NamedTuple):
             gate_up: rows, contiguous where they are overwritten.
             down: the same; or packed (``experts.packing``).
             n: sub-experts of an expert.
-            in_place: the weights' own memory is overwritten by the panels, where these need no padding.
+            in_place: the weights' own memory is overwritten by the panels, where these need no padding; else they stay
+                as they are.
         """
         experts, hidden, neurons = down.shape
         size = neurons // n
