@@ -52,6 +52,8 @@ class KeyValueMemory:
         places: int64 ``[T]`` of the step's tokens.
         spans: of the step.
         decoding: how many of the spans, the first ones, are of one token.
+        layers: keys and values of each, once it has run.
+        asked: scale of the products and sliding window that each layer's module asked for.
     """
 
     tokens: int
@@ -60,6 +62,7 @@ class KeyValueMemory:
     spans: list[Span] = field(default_factory=list)
     decoding: int = 0
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    asked: dict[int, tuple[float | None, int | None]] = field(default_factory=dict, repr=False)
     _single: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64), repr=False)
 
     def begin(self, places: Tensor, spans: Sequence[Span]) -> None:
@@ -132,6 +135,7 @@ def ragged_attention(
         raise UnsupportedModelError(f"{type(module).__name__} does not pass arguments on to its attention function")
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = key_value_memory.write(layer, key, value)
+    key_value_memory.asked[layer] = scaling, sliding_window
     own = None if key_value_memory.own == "sdpa" else _own(module, key_value_memory.own)
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     spans = key_value_memory.spans
@@ -142,27 +146,57 @@ def ragged_attention(
             start, length = key_value_memory.seen(sliding_window)
             out[:decoding] = attend(query[0, :, :decoding].transpose(0, 1), keys, values, start, length, scale)
         spans = spans[decoding:]
+    if own is None:
+        attend_spans(spans, query, keys, values, out, scaling, sliding_window)
+        return out[None], None
     for span in spans:
-        end = span.before + span.length
-        seen = 0 if sliding_window is None else max(0, span.before + 1 - sliding_window)
-        places = slice(span.start + seen, span.start + end)
-        k, v = keys[None, :, places], values[None, :, places]
-        part = slice(span.first, span.first + span.length)
-        q = query[:, :, part]
+        q, k, v, seen = _piece(span, query, keys, values, sliding_window)
+        mask = None if span.length == 1 else _mask(span, seen, sliding_window, query.device)
+        added = None if mask is None else torch.where(mask, 0.0, torch.finfo(q.dtype).min).to(q.dtype)[None, None]
+        part = own(module, q, k, v, added, scaling=scaling, sliding_window=sliding_window, **kwargs)[0][0]
+        out[span.first : span.first + span.length] = part
+    return out[None], None
+
+
+def attend_spans(
+    spans: Sequence[Span],
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> None:
+    """Requests' own places one by one, with torch's attention.
+
+    Args:
+        spans: of a step.
+        query: ``[1, query heads, T, D]``.
+        keys: ``[heads, places, D]``, those of the step among them.
+        values: ``[heads, places, V]``.
+        out: ``[T, query heads, V]``, where the spans' tokens are written.
+        scaling: of the products; None: ``D ** -0.5``.
+        sliding_window: see ``ragged_attention``.
+    """
+    for span in spans:
+        q, k, v, seen = _piece(span, query, keys, values, sliding_window)
         whole = seen == span.before == 0 and sliding_window is None
         mask = None if span.length == 1 or whole else _mask(span, seen, sliding_window, query.device)
-        if own is None:
-            grouped = q.shape[1] != k.shape[1]
-            got = scaled_dot_product_attention(
-                q, k, v, mask, scale=scaling, is_causal=mask is None and span.length > 1, enable_gqa=grouped
-            )
-            out[part] = got[0].transpose(0, 1)
-        else:
-            if mask is None and span.length > 1:
-                mask = _mask(span, seen, sliding_window, query.device)
-            added = None if mask is None else torch.where(mask, 0.0, torch.finfo(q.dtype).min).to(q.dtype)[None, None]
-            out[part] = own(module, q, k, v, added, scaling=scaling, sliding_window=sliding_window, **kwargs)[0][0]
-    return out[None], None
+        grouped = q.shape[1] != k.shape[1]
+        got = scaled_dot_product_attention(
+            q, k, v, mask, scale=scaling, is_causal=mask is None and span.length > 1, enable_gqa=grouped
+        )
+        out[span.first : span.first + span.length] = got[0].transpose(0, 1)
+
+
+def _piece(
+    span: Span, query: Tensor, keys: Tensor, values: Tensor, sliding_window: int | None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """A span's queries, keys and values, and how many of its tokens it does not see."""
+    end = span.before + span.length
+    seen = 0 if sliding_window is None else max(0, span.before + 1 - sliding_window)
+    places = slice(span.start + seen, span.start + end)
+    return query[:, :, span.first : span.first + span.length], keys[None, :, places], values[None, :, places], seen
 
 
 def _mask(span: Span, seen: int, sliding_window: int | None, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention of requests that decode, on a CPU: two compiled calls for all of them, with torch's exponential between.
+"""Attention of requests that decode, on a CPU: one compiled call for all of them.
 
 Each has one query and a run of keys and values, which are read where they lie. A call of torch's attention for every
 request and layer costs more than the attention itself. Knows no layers and no requests, only places.
@@ -10,12 +10,13 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..elastic.kernels.compiled import parallel, serial
+from ..elastic.executors.rows import as_rows, from_rows
+from ..elastic.kernels.compiled import inner, parallel, round_into, serial, widen
 from ..elastic.kernels.micro import add_row, dot
+from ..elastic.kernels.silu import exponential
 from ..elastic.kernels.streams import add_4_rows, dot_4_rows
 from ..elastic.kernels.threads import Kernel
 
@@ -23,9 +24,27 @@ Array = Any
 Ints = NDArray[np.int64]
 
 
+@inner
+def _widen_into(values: Array, out: Array) -> None:
+    for i in range(out.shape[0]):
+        out[i] = widen(values[i])
+
+
+@inner
+def _exponentials(scores: Array, most: float) -> Any:
+    """``e^(score - most)`` in place of every score, and their sum; NaN stays."""
+    total = np.float32(0)
+    for i in range(scores.shape[0]):
+        less = scores[i] - most
+        power = exponential(less)
+        scores[i] = power if less == less else less
+        total += scores[i]
+    return total
+
+
 @serial
-def _scores_of(query: Array, keys: Array, first: int, scale: float, scores: Array) -> None:
-    """Products of a query with the keys from row ``first`` on, less the largest, into ``scores`` ``[L]``."""
+def _scores_of(query: Array, keys: Array, first: int, scale: float, scores: Array) -> Any:
+    """Products of a query with the keys from row ``first`` on, into ``scores`` ``[L]``; returns the largest."""
     most = np.float32(-np.inf)
     i, length = 0, scores.shape[0]
     while i + 4 <= length:
@@ -39,51 +58,69 @@ def _scores_of(query: Array, keys: Array, first: int, scale: float, scores: Arra
         scores[i] = scale * dot(keys[first + i], query)
         most = max(most, scores[i])
         i += 1
-    for i in range(length):
-        scores[i] -= most
+    return most
 
 
 @serial
-def _mean_of(weights: Array, values: Array, first: int, out: Array) -> None:
-    """Weighted mean of the values from row ``first`` on, into ``out`` ``[V]``, which is zero."""
-    total = np.float32(0)
+def _mean_of(weights: Array, total: float, values: Array, first: int, out: Array) -> None:
+    """Weighted mean of the values from row ``first`` on, into ``out`` ``[V]``."""
+    out[:] = 0
     i, length = 0, weights.shape[0]
     while i + 4 <= length:
         r = first + i
         four = (weights[i], weights[i + 1], weights[i + 2], weights[i + 3])
         add_4_rows(out, four, values, (r, r + 1, r + 2, r + 3), (r + 4, r + 5, r + 6, r + 7))
-        total += four[0] + four[1] + four[2] + four[3]
         i += 4
     while i < length:
         add_row(out, weights[i], values[first + i])
-        total += weights[i]
         i += 1
     for v in range(out.shape[0]):
         out[v] /= total
 
 
-def _score(
-    threads: int, query: Array, keys: Array, tokens: int, start: Array, ends: Array, scale: float, scores: Array
+@serial
+def attend_some(
+    query: Array,
+    keys: Array,
+    values: Array,
+    tokens: int,
+    start: Array,
+    length: Array,
+    scale: float,
+    first: int,
+    step: int,
+    out: Array,
 ) -> None:
-    heads = query.shape[1]
+    """Every ``step``-th (request, head) from ``first`` on; see ``attend``, whose arrays have two dimensions here."""
+    requests = start.shape[0]
+    size, value_size = keys.shape[1], values.shape[1]
+    heads = query.shape[1] // size
     group = heads * tokens // keys.shape[0]
+    longest = 0
+    for r in range(requests):
+        longest = max(longest, length[r])
+    scores, asked = np.empty(longest, np.float32), np.empty(size, np.float32)
+    mean = np.empty(value_size, np.float32)
+    for task in range(first, requests * heads, step):
+        r, h = task // heads, task % heads
+        _widen_into(query[r, h * size : (h + 1) * size], asked)
+        row, mine = h // group * tokens + start[r], scores[: length[r]]
+        most = _scores_of(asked, keys, row, scale, mine)
+        _mean_of(mine, _exponentials(mine, most), values, row, mean)
+        round_into(mean, out[r, h * value_size : (h + 1) * value_size])
+
+
+def _attend(
+    threads: int, query: Array, keys: Array, values: Array, tokens: int, start: Array, length: Array, scale: float
+) -> Array:
+    heads = query.shape[1] // keys.shape[1]
+    out = np.empty((query.shape[0], heads * values.shape[1]), query.dtype)
     for thread in numba.prange(threads):
-        for task in range(thread, query.shape[0] * heads, threads):
-            r, h = task // heads, task % heads
-            _scores_of(query[r, h], keys, h // group * tokens + start[r], scale, scores[h, ends[r] : ends[r + 1]])
+        attend_some(query, keys, values, tokens, start, length, scale, thread, threads, out)
+    return out
 
 
-def _mean(threads: int, weights: Array, values: Array, tokens: int, start: Array, ends: Array, out: Array) -> None:
-    heads = out.shape[1]
-    group = heads * tokens // values.shape[0]
-    for thread in numba.prange(threads):
-        for task in range(thread, out.shape[0] * heads, threads):
-            r, h = task // heads, task % heads
-            _mean_of(weights[h, ends[r] : ends[r + 1]], values, h // group * tokens + start[r], out[r, h])
-
-
-_score_kernel = Kernel(serial(_score), parallel(_score))
-_mean_kernel = Kernel(serial(_mean), parallel(_mean))
+_kernel = Kernel(serial(_attend), parallel(_attend))
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, start: Ints, length: Ints, scale: float) -> Tensor:
@@ -100,20 +137,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, start: Ints, length: Int
     Returns:
         ``[R, query heads, V]`` in the dtype of the query; sums are fp32.
     """
-    tokens, heads = keys.shape[1], query.shape[1]
-    ends = np.zeros(len(length) + 1, np.int64)
-    np.cumsum(length, out=ends[1:])
-    first = np.ascontiguousarray(start)
-    scores = torch.empty(heads, int(ends[-1]))
-    asked = query.float().contiguous().numpy()
-    _score_kernel(asked, _rows(keys), tokens, first, ends, np.float32(scale), scores.numpy())
-    scores.exp_()
-    out = torch.zeros(query.shape[0], heads, values.shape[2])
-    _mean_kernel(scores.numpy(), _rows(values), tokens, first, ends, out.numpy())
-    return out.to(query.dtype)
-
-
-def _rows(pool: Tensor) -> Any:
-    """``[heads * tokens, size]``: fp32, or the bits of bfloat16."""
-    flat = pool.view(-1, pool.shape[2])
-    return flat.view(torch.int16).numpy().view(np.uint16) if pool.dtype == torch.bfloat16 else flat.numpy()
+    flat = query.reshape(len(query), -1).contiguous()
+    places = np.ascontiguousarray(start), np.ascontiguousarray(length)
+    out = _kernel(as_rows(flat), as_rows(keys), as_rows(values), keys.shape[1], *places, np.float32(scale))
+    return from_rows(out, query).view(len(query), query.shape[1], -1)

@@ -1,7 +1,8 @@
 """Forward passes of a model over tokens of many requests, each token with its own budget.
 
 The tokens are one row without padding, so the experts and all other layers see no token that nobody asked for. At full
-budget for everybody the model takes its own path. Knows requests only as spans; nothing of policies or sampling.
+budget for everybody the model takes its own path. Where the model allows it, transformers is left out of steps
+(``layers``). Knows requests only as spans; nothing of policies or sampling.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from transformers import PreTrainedModel
 from ..elastic import dial_of
 from ..errors import PrismError, UnsupportedModelError
 from .attention import IMPLEMENTATION, KeyValueMemory, Span
+from .layers import Layers
 
 # Their tables of angles depend on the longest request of a step.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+PROBE = 16  # places that comparing compiled steps with transformers' needs
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -54,12 +57,21 @@ class Runner:
                 f"{' and '.join(sorted(_KNOWN_LAYERS))} only: use transformers' generate"
             )
         self.memory = KeyValueMemory(tokens, config._attn_implementation or "eager")
+        self._layers: Layers | None = None
         self.forward(np.zeros(1, np.int64), [Span(0, 1, 0, 0)], [self.dial.full_budget], [0])
         if len(self.memory.layers) != config.num_hidden_layers:
             raise UnsupportedModelError(
                 f"{config.model_type}: {len(self.memory.layers)} of {config.num_hidden_layers} layers use the "
                 "attention interface of transformers, the engine needs all; use transformers' generate"
             )
+        layers = Layers.of(model, self.memory, min(self.max_context, tokens))
+        if layers is not None and self._agree(layers):
+            self._layers = layers
+
+    @property
+    def compiled(self) -> bool:
+        """Whether steps run layer by layer in compiled calls (``Layers``)."""
+        return self._layers is not None
 
     @torch.inference_mode()
     def forward(
@@ -97,19 +109,44 @@ class Runner:
             self.dial.fill(None)
         else:
             self.dial.fill(torch.from_numpy(np.repeat(np.array(budgets), counts)))
+        wanted = torch.tensor(last, dtype=torch.int64, device=device)
         try:
+            if self._layers is not None:
+                return self._layers(torch.from_numpy(tokens), torch.from_numpy(position), wanted).float()
             with self._attention():
                 out = self.model(
                     input_ids=torch.from_numpy(tokens)[None].to(device),
                     position_ids=torch.from_numpy(position)[None].to(device),
                     use_cache=False,
-                    logits_to_keep=torch.tensor(last, dtype=torch.int64, device=device),
+                    logits_to_keep=wanted,
                     key_value_memory=self.memory,
                 )
         finally:
             self.dial.fill(None)
         logits: Tensor = out.logits[0].float()
         return logits
+
+    def _agree(self, layers: Layers) -> bool:
+        """Whether compiled steps give what transformers gives, bit for bit, between the experts: running those would
+        take many of a long prompt, which may have to be read from a disk.
+        """
+        if self.memory.tokens < PROBE:
+            return False
+        tokens = np.arange(12) * 7 % self.vocabulary
+        steps = [
+            (tokens, [Span(0, 9, 0, 0), Span(9, 3, 10, 0)]),
+            (tokens[:2], [Span(0, 1, 0, 9), Span(1, 1, 10, 3)]),
+        ]
+        found = []
+        try:
+            with layers.without_experts():
+                for self._layers in (None, layers):
+                    for given, spans in steps:
+                        budgets = [self.dial.full_budget] * len(spans)
+                        found.append(self.forward(given, spans, budgets, range(len(given))))
+        finally:
+            self._layers = None
+        return torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
 
     @contextmanager
     def _attention(self) -> Iterator[None]:

@@ -15,22 +15,28 @@ from .threads import Kernel
 Array = Any
 
 
+@serial
+def multiply_blocks(weight: Array, x: Array, bias: Array, first: int, last: int, out: Array) -> None:
+    """Columns ``64 * first .. 64 * last`` of ``linear_panels``, into those of ``out``."""
+    tokens, size = x.shape
+    every, sums = np.arange(tokens), np.empty((TOGETHER, COLUMNS), np.float32)
+    for block in range(first, last):
+        at, column = weight[block].ctypes.data, COLUMNS * block
+        for s0 in range(0, tokens, TOGETHER):
+            s1 = min(s0 + TOGETHER, tokens)
+            for s in range(s1 - s0):
+                sums[s] = bias[column : column + COLUMNS]
+            outs = sums.ctypes.data - ROW * s0
+            add_products(at, size // 2, x.ctypes.data, 2 * size, every, outs, ROW, every, s0, s1)
+            for s in range(s0, s1):
+                round_into(sums[s - s0], out[s, column : column + COLUMNS])
+
+
 def _linear_panels(threads: int, weight: Array, x: Array, bias: Array) -> Array:
-    blocks, tokens, size = weight.shape[0], x.shape[0], x.shape[1]
-    out = np.empty((tokens, blocks * COLUMNS), np.uint16)
-    every = np.arange(tokens)
+    blocks = weight.shape[0]
+    out = np.empty((x.shape[0], blocks * COLUMNS), np.uint16)
     for thread in numba.prange(threads):
-        sums = np.empty((TOGETHER, COLUMNS), np.float32)
-        for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
-            at, column = weight[block].ctypes.data, COLUMNS * block
-            for s0 in range(0, tokens, TOGETHER):
-                s1 = min(s0 + TOGETHER, tokens)
-                for s in range(s1 - s0):
-                    sums[s] = bias[column : column + COLUMNS]
-                outs = sums.ctypes.data - ROW * s0
-                add_products(at, size // 2, x.ctypes.data, 2 * size, every, outs, ROW, every, s0, s1)
-                for s in range(s0, s1):
-                    round_into(sums[s - s0], out[s, column : column + COLUMNS])
+        multiply_blocks(weight, x, bias, blocks * thread // threads, blocks * (thread + 1) // threads, out)
     return out
 
 

@@ -14,7 +14,8 @@ Array = Any
 
 
 @inner
-def _divide(x: Array, weight: Array, epsilon: float, out: Array) -> None:
+def norm_row(x: Array, weight: Array, epsilon: float, out: Array) -> None:
+    """One row of ``norm_rows``."""
     total = np.float32(0)
     for i in range(x.shape[0]):
         total += widen(x[i]) * widen(x[i])
@@ -27,7 +28,7 @@ def _norm_rows(threads: int, x: Array, weight: Array, epsilon: float) -> Array:
     out = np.empty_like(x)
     for thread in numba.prange(threads):
         for t in range(x.shape[0] * thread // threads, x.shape[0] * (thread + 1) // threads):
-            _divide(x[t], weight, epsilon, out[t])
+            norm_row(x[t], weight, epsilon, out[t])
     return out
 
 

@@ -33,11 +33,10 @@ _power_of_two: Any = intrinsic(_power)
 
 
 @inner
-def silu(x: Any) -> Any:
-    """``x / (1 + e^-x)`` to a few units of the last place; NaN gives NaN, minus infinity too, as by the formula."""
-    y = -x
-    y = y if y > np.float32(-87) else np.float32(-87)  # NaN too: x, which divides, remembers it
-    y = y if y < np.float32(89) else np.float32(89)  # gives infinity
+def exponential(x: Any) -> Any:
+    """``e^x`` to a few units of the last place from -87 on, below (and for NaN) ``e^-87``, from 89 on infinity."""
+    y = x if x > np.float32(-87) else np.float32(-87)
+    y = y if y < np.float32(89) else np.float32(89)
     n = np.floor(y * np.float32(1.44269504) + np.float32(0.5))
     r = y - n * np.float32(0.693147182)
     p = np.float32(1.9875691500e-4)
@@ -47,4 +46,10 @@ def silu(x: Any) -> Any:
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1)
-    return x / (np.float32(1) + p * _power_of_two(np.int32(n)))
+    return p * _power_of_two(np.int32(n))
+
+
+@inner
+def silu(x: Any) -> Any:
+    """``x / (1 + e^-x)`` to a few units of the last place; NaN gives NaN, minus infinity too, as by the formula."""
+    return x / (np.float32(1) + exponential(-x))  # x, which is divided, remembers NaN
