@@ -1,4 +1,4 @@
-"""Time a whole decode step: moe-prism at several budgets, stock transformers, llama.cpp and vLLM, same weights.
+"""Time a whole decode step: moe-prism's engine at several budgets, transformers, llama.cpp and vLLM, same weights.
 
     python tools/bench_decode.py --llama-python LLAMA_ENV/bin/python --vllm-python VLLM_ENV/bin/python
 
@@ -45,7 +45,7 @@ POINTS = {
     VLLM: [(1, FULL), (8, FULL)],
 }
 WORKERS = {
-    OURS: "decode_bench.torch_worker",
+    OURS: "decode_bench.prism_worker",
     STOCK: "decode_bench.torch_worker",
     LLAMA: "decode_bench.llama_worker",
     VLLM: "decode_bench.vllm_worker",

@@ -1,4 +1,4 @@
-"""Time decode steps of moe-prism, or of stock transformers with its own experts implementation.
+"""Time decode steps of stock transformers with its own experts implementation.
 
     python -m decode_bench.torch_worker JOB RESULT
 
@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from decode_bench.job import Job, run_worker, save_logits, time_steps
-from moe_prism import load_elastic, set_budget
 from moe_prism.evaluation.environment import machine, versions
-
-OURS = "moe-prism"
 
 
 class Decoder:
@@ -44,30 +40,26 @@ def measure(job: Job) -> dict[str, Any]:
         # The last token alone: the path that is timed.
         save_logits(job, checked.feed(job.prompt - 1, job.prompt)[0].float().numpy())
         points = [
-            {"tokens": tokens, "k_active": k_active, "ms": one_point(model, job, tokens, k_active)}
+            {"tokens": tokens, "k_active": k_active, "ms": one_point(model, job, tokens)}
             for tokens, k_active in job.points
         ]
     return {
         "points": points,
-        "versions": versions() | {"numba": numba.__version__},
+        "versions": versions(),
         "machine": machine(model) | {"torch_cpu_capability": torch.backends.cpu.get_cpu_capability()},
         "notes": {"experts_implementation": str(model.config._experts_implementation)},
     }
 
 
 def load(job: Job) -> PreTrainedModel:
-    """The model in bf16, elastic or stock."""
-    if job.engine == OURS:
-        return load_elastic(job.model, dtype=torch.bfloat16, verify=False)  # the weights were just written
+    """The model in bf16."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16)
     model.eval()
     return model
 
 
-def one_point(model: PreTrainedModel, job: Job, tokens: int, k_active: int) -> list[float]:
+def one_point(model: PreTrainedModel, job: Job, tokens: int) -> list[float]:
     """Milliseconds of steps of ``tokens`` sequences; the prompt runs before, untimed."""
-    if job.engine == OURS:
-        set_budget(model, k_active)
     decoder = Decoder(model, torch.tensor(job.rows(tokens)))
     decoder.feed(0, job.prompt)
 
