@@ -45,11 +45,11 @@ class Admission:
         self.limits.check(request)
         missed = [
             f"{name} {wanted:g} (at least {least:.4g} here, alone and at budget {request.k_min})"
-            for name, wanted, least in (
-                ("ttft_ms", request.ttft_ms, self.least_ttft_ms(request)),
-                ("tpot_ms", request.tpot_ms, self.least_tpot_ms(request)),
+            for name, wanted, of in (
+                ("ttft_ms", request.ttft_ms, self.least_ttft_ms),
+                ("tpot_ms", request.tpot_ms, self.least_tpot_ms),
             )
-            if wanted is not None and wanted < least
+            if wanted is not None and wanted < (least := of(request))
         ]
         if not missed:
             return request

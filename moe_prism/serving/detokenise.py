@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-# Tokens of context that a decoder needs to place a space or finish a character; the text is the same with more.
-_CONTEXT = 6
+# Tokens of context that a decoder needs to place a space or finish a character; the text is the same with more. Beyond
+# the second number the window begins anew: until then the text in front of a token is known from the one before.
+_CONTEXT, _WINDOW = 6, 32
 
 
 class Detokeniser:
@@ -26,16 +27,18 @@ class Detokeniser:
         stops: texts that end the output; they are not part of it.
 
     Attributes:
+        stops: those that are not empty.
         stopped: whether a stop text was found; nothing more comes then.
         length: characters given out so far.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), stops: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stops = [stop for stop in stops if stop]
+        self.stops = [stop for stop in stops if stop]
         self._ids: list[int] = list(prompt[-_CONTEXT:])
-        self._start = 0  # of the window that is decoded
-        self._done = len(self._ids)  # tokens whose text is known
+        self._done = len(self._ids)  # tokens whose text is known; the window that is decoded is all of them
+        self._before: str | None = None  # their text, once it is needed
+        self._whole = ""  # text of all, of the last decoding
         self._held = ""
         self.stopped = False
         self.length = 0
@@ -50,10 +53,11 @@ class Detokeniser:
             return ""
         return self._given(text)
 
-    def finish(self) -> str:
-        """The rest, once no token follows."""
+    def finish(self, tokens: Sequence[int] = ()) -> str:
+        """The rest, once no token follows: after these, whose text is not cut by a stop text."""
         if self.stopped:
             return ""
+        self._ids += tokens
         held = self._given(self._decoded())
         rest, self._held = self._held, ""
         if self.stopped:
@@ -65,24 +69,28 @@ class Detokeniser:
         """Text of the tokens after ``_done``: what the window gains by them."""
         if self._done == len(self._ids):
             return ""
-        before = self._text(self._ids[self._start : self._done])
-        return self._text(self._ids[self._start :])[len(before) :]
+        if self._before is None:
+            self._before = self._text(self._ids[: self._done])
+        self._whole = self._text(self._ids)
+        return self._whole[len(self._before) :]
 
     def _given(self, text: str) -> str:
-        self._start, self._done = max(self._start, self._done - _CONTEXT), len(self._ids)
-        if self._start > 64:
-            del self._ids[: self._start]
-            self._start, self._done = 0, len(self._ids)
-        if not self._stops:
+        if self._done < len(self._ids):
+            self._before = self._whole
+        if len(self._ids) > _WINDOW:
+            del self._ids[: max(0, self._done - _CONTEXT)]
+            self._before = None
+        self._done = len(self._ids)
+        if not self.stops:
             self.length += len(text)
             return text
         text = self._held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
             text = text[: min(found)[1]]
         else:
-            hold = max(_overlap(text, stop) for stop in self._stops)
+            hold = max(_overlap(text, stop) for stop in self.stops)
             text, self._held = text[: len(text) - hold], text[len(text) - hold :]
         self.length += len(text)
         return text

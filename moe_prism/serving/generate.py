@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from ..engine import FailedEvent
+from ..engine import FailedEvent, TokenEvent
 from .admission import Job, ServedModel
 from .bridge import Bridge, Event, Mailbox
 from .errors import ApiError
@@ -89,14 +89,16 @@ class Answering:
 
         Steps may be faster than the event loop, so a choice may have several events: they become one piece.
         """
-        said: dict[str, str] = {}
+        came: dict[str, list[TokenEvent]] = {}
         for event in events:
-            choice = reply.choices[event.id]
-            if isinstance(event, FailedEvent) or choice.finish_reason is not None:
-                continue
-            said[event.id] = said.get(event.id, "") + choice.add(event, self._model.end_tokens)
+            if isinstance(event, TokenEvent) and reply.choices[event.id].finish_reason is None:
+                came.setdefault(event.id, []).append(event)
+        said = {}
+        for name, some in came.items():
+            choice = reply.choices[name]
+            said[name] = choice.add(some, self._model.end_tokens)
             if choice.text.stopped:
-                self._bridge.finish(event.id, "stop")
+                self._bridge.finish(name, "stop")
         return said
 
 

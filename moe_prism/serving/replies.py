@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,19 +40,30 @@ class Choice:
     finish_reason: str | None = None
     offset: int = 0
 
-    def add(self, event: TokenEvent, end_tokens: tuple[int, ...]) -> str:
+    def add(self, events: Sequence[TokenEvent], end_tokens: tuple[int, ...]) -> str:
         """The new text; sets ``finish_reason`` when a stop text, a stop token or the last token came."""
+        if events[-1].finished is not None and not self.text.stops:  # nothing can end it sooner: decoded at once
+            tokens = [event.token for event in events if not self._count(event, end_tokens)]
+            self.finish_reason = events[-1].finished
+            return self.text.finish(tokens)
+        said = []
+        for event in events:
+            said.append("" if self._count(event, end_tokens) else self.text.add(event.token))
+            if event.finished is not None and not self.text.stopped:
+                said.append(self.text.finish())
+            self.finish_reason = "stop" if self.text.stopped else event.finished
+            if self.finish_reason is not None:
+                break
+        return "".join(said)
+
+    def _count(self, event: TokenEvent, end_tokens: tuple[int, ...]) -> bool:
+        """Notes a token; returns whether it is one that ends the output and is no part of its text."""
         self.tokens += 1
         self.work += event.budget
         self.k_active = event.budget
         if self.logprobs is not None:
             self.events.append(event)
-        ended_by_token = event.finished == "stop" and event.token in end_tokens
-        text = "" if ended_by_token else self.text.add(event.token)
-        if event.finished is not None and not self.text.stopped:
-            text += self.text.finish()
-        self.finish_reason = "stop" if self.text.stopped else event.finished
-        return text
+        return event.finished == "stop" and event.token in end_tokens
 
 
 class Reply:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -19,6 +20,7 @@ from .bridge import Bridge
 # Longer than clients keep idle connections (OpenAI's: 5 seconds), so that they are the ones who close them: a request
 # on a connection that the server is just closing is lost.
 KEEP_ALIVE_SECONDS = 75
+SWITCH_SECONDS = 2e-4
 
 
 class DrainingServer(uvicorn.Server):
@@ -87,4 +89,8 @@ def run(app: FastAPI, taken: socket.socket, drain_seconds: float, ready: Callabl
             ready()
         await serving
 
-    asyncio.run(serve())
+    # While a thread holds the interpreter's lock, others ask for it after this long: the engine's thread does after
+    # every kernel, and the default (5 ms) is longer than its step.
+    sys.setswitchinterval(SWITCH_SECONDS)
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(serve())

@@ -31,6 +31,15 @@ def test_pieces_add_up_to_the_decoded_whole(ids: list[int]) -> None:
     assert text.length == len("".join(got))
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 4095), st.sampled_from(HARD)), max_size=60), st.integers(0, 60))
+def test_the_last_tokens_may_come_at_once(ids: list[int], single: int) -> None:
+    text = Detokeniser(TOKENIZER)
+    got = [*(text.add(token) for token in ids[:single]), text.finish(ids[single:])]
+    assert "".join(got) == decoded(ids)
+    assert text.length == len("".join(got))
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(HARD + TOKENIZER.encode("the sea and the ship")), max_size=40), st.data())
 def test_it_ends_before_the_first_complete_stop_text_and_never_shows_a_part_of_it(
