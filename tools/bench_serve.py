@@ -6,7 +6,8 @@
 Parts, each in processes of its own, the client in this one: (1) cold start: from the command to the first token;
 (2) closed loop, 1 to 64 clients, at full and at half budget; (3) the workloads of ``moe-prism bench schedule``
 (Poisson arrivals, multiples of what full budget sustains, here over HTTP), policy by policy, and its targets;
-(4) the engine alone, 32 requests at a time, against the same requests over HTTP, streamed and whole, in turns;
+(4) the engine alone, 32 requests at a time, against the same requests over HTTP, streamed and whole, in turns, from the
+official client and from a lean one;
 (5) ``transformers serve`` on the original model against this server, 8 clients, the same prompts. Prompts are runs of
 the text's words of stated lengths; every seed is stated.
 """
@@ -35,6 +36,7 @@ os.environ.update(brief_waiting())  # before torch
 import httpx2
 import numpy as np
 from serve_bench.alone import alone
+from serve_bench.lean import tokens_per_s
 
 from moe_prism.bench.http_load import HttpLoad
 from moe_prism.bench.loads import Plan, saturating
@@ -178,18 +180,24 @@ def open_loops(checkpoint: Path, prompts: Prompts, plan: Plan, policies: Sequenc
 
 
 def overhead(checkpoint: Path, prompts: Prompts, full: int, requests: int, rounds: int = 3) -> dict[str, Any]:
-    """Tokens a second of the engine alone and over HTTP, 32 requests at a time, in turns."""
+    """Tokens a second of the engine alone and over HTTP, 32 requests at a time, in turns.
+
+    Over HTTP once with the official client, and once with one that leaves the processor to the server.
+    """
     work, texts = jobs(requests, full, full, full), prompts.draw(requests, 4)
-    found: dict[str, list[float]] = {"engine": [], "http whole": [], "http stream": []}
+    found: dict[str, list[float]] = {"engine": []}
     for _ in range(rounds):
         found["engine"].append(alone(checkpoint, work, texts, 32))
         with server(checkpoint) as url:
-            for name, stream in (("http whole", False), ("http stream", True)):
+            for name, stream in (("whole", False), ("stream", True)):
                 load = HttpLoad(url, NAME, stream=stream)
                 load.saturate(work[:32], texts[:32], 32)
-                found[name].append(load.saturate(work, texts, 32).record()["tokens_per_s"])
+                speed = load.saturate(work, texts, 32).record()["tokens_per_s"]
+                found.setdefault(f"http {name}", []).append(speed)
+                speed = tokens_per_s(url, NAME, work, texts, 32, stream)
+                found.setdefault(f"http {name}, lean client", []).append(speed)
     middle = {name: median(values) for name, values in found.items()}
-    ratios = {name: middle[name] / middle["engine"] for name in ("http whole", "http stream")}
+    ratios = {name: speed / middle["engine"] for name, speed in middle.items() if name != "engine"}
     return {"clients": 32, "requests": requests, "tokens_per_s": found, "of_engine": ratios}
 
 
