@@ -250,9 +250,9 @@ bench-vllm: build/bench/vllm-cost.json ## the plugin against stock vLLM: decode 
 	$(VENV)/vllm/bin/python tools/bench_vllm.py build/bench/experts --out build/bench/vllm.json \
 	  --serve build/bench/vllm-cost.json $(ARGS)
 
-bench-offload: $(VENV)/.dev build/bench/reference/config.json ## a 14 GB model in 4 and 8 GB, beside its peers (40 GB of disk, an hour) -> build/bench/offload.json
+bench-offload: $(VENV)/.dev build/bench/reference/config.json ## a 14 GB model in 4 and 8 GB, beside its peers (PEERS='--llama-python ...'; 58 GB of disk, an hour) -> build/bench/offload.json
 	$(BIN)/python tools/bench_offload.py --checkpoint build/bench/reference --text $(word 1,$(VALID)) \
-	  --out build/bench/offload.json $(ARGS)
+	  --out build/bench/offload.json $(PEERS) $(ARGS)
 
 clean: ## remove caches and build/demo
 	rm -rf build/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

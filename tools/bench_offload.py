@@ -1,4 +1,4 @@
-"""Time a model larger than memory: moe-prism's offloading, whole-expert LRU, accelerate's disk offload.
+"""Time a model larger than memory: moe-prism's offloading, whole-expert LRU, accelerate's disk offload, llama.cpp.
 
     python tools/bench_offload.py --checkpoint build/bench/reference --text TEXT
 
@@ -10,9 +10,11 @@ the process has had read from the disk are in the result. The cache begins as --
 The peers: "whole-expert LRU" is the same code with whole experts (N = 1), LRU and no read-ahead, the paper's baseline
 without sub-experts; "lru" is sub-experts with LRU and no read-ahead, the paper's manager. "moe-prism, 4 bits" runs the
 best quarter of a budget as stored and the rest from the copy at 4 bits; what that costs in quality is measured on the
-bundled model (``quality``). Files stay in --work for the
-next run (40 GB with accelerate's; delete them to have them written again); the result goes to --out, after every
-engine, and a run that was interrupted goes on with --resume.
+bundled model (``quality``). "llama.cpp, mmap" maps its file in a group of processes whose memory is limited, page cache
+included; it runs all experts of its own routing, which is close to uniform, so it has rows at full budget beside the
+uniform ones. It is left out without --llama-python, or where no limit can be set. Files stay in --work for the next run
+(58 GB with the peers'; delete them to have them written again); the result goes to --out, after every engine, and a run
+that was interrupted goes on with --resume.
 """
 
 from __future__ import annotations
@@ -24,41 +26,27 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from offload_bench.job import Job
+from offload_bench.memory_group import memory_group
+from offload_bench.report import ACCELERATE, FIELDS, FOREIGN, LLAMA, LOW, LRU, OURS, WHOLE, WITHOUT, table
 
 from moe_prism.checkpoint.atomic import replace_file
 from moe_prism.evaluation.environment import versions
 from moe_prism.waiting import BRIEFLY
 
 TOOLS = Path(__file__).resolve().parent
-OURS, LOW, WITHOUT, LRU, WHOLE, ACCELERATE = (
-    "moe-prism",
-    "moe-prism, 4 bits",
-    "moe-prism without read-ahead",
-    "lru",
-    "whole-expert LRU",
-    "accelerate",
-)
+WORKERS = {ACCELERATE: "offload_bench.accelerate_peer", LLAMA: "offload_bench.llama_peer"}
+# Tokens of llama.cpp, timed and before: one uses 1.6 GB of experts, so that eight turn a cache of 8 GB over.
+LLAMA_TOKENS = 8
 RULE = "frequent-recent"
 FULL = 32
 # Budget of the long run, in which memory must not grow, and floor of tokens with a deadline.
 SOAK = 8
-FIELDS = (
-    "engine",
-    "memory_gb",
-    "routing",
-    "k_active",
-    "ms_per_token",
-    "hit_rate",
-    "stall_ms",
-    "read_gbs",
-    "raw_read_gbs",
-    "peak_rss_gb",
-)
 
 
 def jobs(args: argparse.Namespace) -> list[tuple[str, str, Job]]:
@@ -83,7 +71,9 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, str, Job]]:
                         options={"packed": whole},
                     ),
                 }
-                found += [(name, routing, replace(variants[name], engine=name)) for name in args.engines]
+                if (routing, k_active) == ("uniform", FULL):
+                    variants[LLAMA] = llama_job(args, job)
+                found += [(n, routing, replace(variants[n], engine=n)) for n in args.engines if n in variants]
     for memory in args.memory if OURS in args.engines else ():
         for tpot_ms in args.tpot_ms:
             timed = replace(job_of(args, "local", memory, FULL), options={"tpot_ms": tpot_ms, "k_min": SOAK})
@@ -113,6 +103,39 @@ def job_of(args: argparse.Namespace, routing: str, memory: float, k_active: int)
     )
 
 
+def llama_job(args: argparse.Namespace, job: Job) -> Job:
+    """llama.cpp under the same conditions as ours at full budget."""
+    return replace(
+        job,
+        model=str(gguf_of(args)),
+        k_active=FULL // 4,
+        tokens=min(job.tokens, LLAMA_TOKENS),
+        warmup=min(job.warmup, LLAMA_TOKENS),
+        options={"python": str(args.llama_python)},
+    )
+
+
+def forms(args: argparse.Namespace) -> dict[Path, float]:
+    """The model in the forms that the engines need, and about how many bytes each takes."""
+    engines, stem = set(args.engines), args.work / f"olmoe-{args.layers}-layers"
+    found = {}
+    if engines & {OURS, LOW, WITHOUT, LRU}:
+        found[stem.with_name(f"{stem.name}-n4")] = 1.07e9 * args.layers + 0.5e9  # with the copy at 4 bits
+    if engines & {WHOLE, *FOREIGN}:
+        found[stem.with_name(f"{stem.name}-n1")] = 0.84e9 * args.layers + 0.5e9
+    if ACCELERATE in engines:
+        found[stem.with_name(f"{stem.name}-accelerate")] = 0.81e9 * args.layers
+    if LLAMA in engines:
+        found[gguf_of(args)] = 0.84e9 * args.layers + 0.5e9
+    return found
+
+
+def gguf_of(args: argparse.Namespace) -> Path:
+    """The model as llama.cpp reads it."""
+    path: Path = args.work / f"olmoe-{args.layers}-layers.gguf"
+    return path
+
+
 def prepare(args: argparse.Namespace) -> None:
     """Write routing and models unless they are there."""
     import torch
@@ -132,7 +155,7 @@ def prepare(args: argparse.Namespace) -> None:
     importance = torch.from_numpy(routing.importance)
     for parts in (4, 1):
         out = args.work / f"olmoe-{args.layers}-layers-n{parts}"
-        if not out.exists():
+        if out in forms(args) and not out.exists():
             print(f"writing {out}", file=sys.stderr)
 
             def tell(done: int, total: int) -> None:
@@ -146,80 +169,51 @@ def prepare(args: argparse.Namespace) -> None:
 
         print(f"writing {out}", file=sys.stderr)
         write_files(args.work / f"olmoe-{args.layers}-layers-n1", out)
+    if LLAMA in args.engines and not gguf_of(args).exists():
+        from offload_bench.llama import write_file
+
+        print(f"writing {gguf_of(args)}", file=sys.stderr)
+        write_file(args.llama_python, args.work / f"olmoe-{args.layers}-layers-n1", gguf_of(args), environment(1))
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Of a process that finds the bench's modules."""
+    path = os.pathsep.join([str(TOOLS), os.environ.get("PYTHONPATH", "")])
+    return os.environ | BRIEFLY | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
 
 
 def run(job: Job, work: Path) -> dict[str, Any]:
     """One process; raises RuntimeError with the end of what it printed."""
-    module = "offload_bench.accelerate_peer" if job.engine == ACCELERATE else "offload_bench.ours"
     job_file, result, log = (work / f"job.{end}" for end in ("json", "result.json", "log"))
     job_file.write_text(json.dumps(asdict(job)))
-    environment = (
-        os.environ
-        | BRIEFLY
-        | {
-            "PYTHONPATH": os.pathsep.join([str(TOOLS), os.environ.get("PYTHONPATH", "")]),
-            "OMP_NUM_THREADS": str(job.threads),
-            "HF_HUB_OFFLINE": "1",
-        }
-    )
-    with log.open("wb") as stream:
-        code = subprocess.run(
-            [sys.executable, "-m", module, str(job_file), str(result)],
-            env=environment,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        ).returncode
+    words = [sys.executable, "-m", WORKERS.get(job.engine, "offload_bench.ours"), str(job_file), str(result)]
+    limited: dict[str, Any] = {}
+    with ExitStack() as stack:
+        if job.engine == LLAMA:
+            from offload_bench.llama import forget_pages
+
+            forget_pages(Path(job.model))
+            group = stack.enter_context(memory_group(job.memory))
+            words = group.command([(job.options or {})["python"], *words[1:]])
+        with log.open("wb") as stream:
+            process = subprocess.run(words, env=environment(job.threads), stdout=stream, stderr=subprocess.STDOUT)
+        code = process.returncode
+        if job.engine == LLAMA:
+            limited = {"peak_group_gb": group.most / 1e9, "limit_reached": group.reached}
     if code:
         tail = " / ".join(log.read_text(errors="replace").splitlines()[-3:])
         raise RuntimeError(f"{job.engine} ended with status {code}: {tail} (all of it: {log})")
     measured: dict[str, Any] = json.loads(result.read_text())
-    return measured
-
-
-def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown, one row a run, with the time over that of whole-expert LRU under the same conditions."""
-    lines = [
-        "| routing | memory GB | budget of 32 | engine | ms a token | of whole-expert LRU | hit rate | stall ms | "
-        "GB/s stalled (raw) | MB a token | read ahead right | peak RSS GB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    base = {(r["routing"], r["memory_gb"], r["k_active"]): r["ms_per_token"] for r in runs if r["engine"] == WHOLE}
-    for run in runs:
-        whole = base.get((run["routing"], run["memory_gb"], run["k_active"]))
-        ours = run["engine"] != ACCELERATE
-        cells = [
-            run["routing"],
-            f"{run['memory_gb']:g}",
-            budget_of(run),
-            run["engine"],
-            f"{run['ms_per_token']:,.0f}",
-            f"{run['ms_per_token'] / whole:.2f}" if whole else "",
-            f"{run['hit_rate']:.3f}" if ours else "",
-            f"{run['stall_ms']:,.0f}" if ours else "",
-            f"{run['read_gbs']:.2f} ({run['raw_read_gbs']:.2f})" if ours else "",
-            f"{run['disk_mb_per_token']:,.0f}",
-            f"{run['ahead_precision']:.2f}" if ours and run["ahead_per_token"] else "",
-            f"{run['peak_rss_gb']:.2f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def budget_of(run: dict[str, Any]) -> str:
-    """The budget of a row in words."""
-    if run.get("mean_budget"):
-        low = f", {run['mean_low']:.1f} of it at 4 bits" if run.get("mean_low") else ""
-        return f"{run['mean_budget']:.1f}{low}"
-    return f"{run['k_active']}, {run['k_stored']} stored" if run.get("k_stored") else str(run["k_active"])
+    return measured | limited
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everything = [OURS, LOW, WITHOUT, LRU, WHOLE, ACCELERATE]
+    everything = [OURS, LOW, WITHOUT, LRU, WHOLE, *FOREIGN]
     parser.add_argument("--checkpoint", type=Path, required=True, help="the bundled model refactored by reference.yaml")
     parser.add_argument("--text", type=Path, required=True, help="what it reads while its routing is recorded")
-    parser.add_argument("--layers", type=int, default=16, help="0.8 GB each, in three forms (%(default)s)")
+    parser.add_argument("--layers", type=int, default=16, help="0.8 GB each, in as many as four forms (%(default)s)")
     parser.add_argument("--memory", type=float, nargs="+", default=[4.0, 8.0], help="GB (4 8)")
     parser.add_argument("--k-active", type=int, nargs="+", default=[FULL // 2, FULL], help="multiples of 4 (16 32)")
     parser.add_argument("--routing", nargs="+", choices=["local", "uniform"], default=["local", "uniform"], help="both")
@@ -231,6 +225,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--readers", type=int, default=3, help="threads that read (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads that compute (%(default)s)")
     parser.add_argument("--shadow", type=float, default=0.75, help="of the blocks' memory, for 4 bits (%(default)s)")
+    parser.add_argument("--llama-python", type=Path, help="of an environment with llama-cpp-python and gguf")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="keep the runs that --out has already")
     parser.add_argument("--work", type=Path, default=Path("build/bench/offload"), help="%(default)s")
@@ -249,9 +244,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    forms = [f"olmoe-{args.layers}-layers-{form}" for form in ("n4", "n1", "accelerate")]
-    missing = sum(not (args.work / form).exists() for form in forms)
-    need = missing * args.layers * 0.81e9 + 1e9
+    if LLAMA in args.engines:
+        from offload_bench.llama import refusal
+
+        reason = refusal(args.llama_python)
+        if reason is not None:
+            print(f"{LLAMA} is left out: {reason}", file=sys.stderr)
+            args.engines = [name for name in args.engines if name != LLAMA]
+    need = 1e9 + sum(size for path, size in forms(args).items() if not path.exists())
     if shutil.disk_usage(args.work).free < need:
         sys.exit(f"{args.work} needs {need / 1e9:.0f} GB of free disk; take fewer --layers and less --memory")
     prepare(args)
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     known = {tuple(run[key] for key in keys) for run in record["runs"]}
     words = shlex.join(sys.argv[1:] if argv is None else argv)
     for engine, routing, job in jobs(args):
-        whole = engine in (WHOLE, ACCELERATE)
+        whole = engine in (WHOLE, *FOREIGN)
         about = {
             "engine": engine,
             "memory_gb": job.memory / 1e9,

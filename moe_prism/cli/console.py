@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 if TYPE_CHECKING:
     import torch
 
+    from ..offload.accelerator import Accelerator
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 out = Console()
@@ -88,3 +90,21 @@ def bytes_of(size: str) -> int:
     if not 0 < number < float("inf"):
         raise PrismError(f"a memory is a number above 0 and a unit ({', '.join(units)}), such as 4GB; got {size!r}")
     return int(number)
+
+
+def accelerator_named(device: str | None, k_stored: int | None) -> Accelerator | None:
+    """What ``--device`` names; None without it.
+
+    Raises:
+        PrismError: there is no such device, or ``--k-stored`` wants blocks at 4 bits on it.
+    """
+    if device is None:
+        return None
+    from ..errors import PrismError
+    from ..offload.accelerator import open_accelerator
+
+    if k_stored is not None:
+        raise PrismError(
+            f"--k-stored {k_stored} runs blocks at 4 bits, which are for the CPU; leave it out, or --device {device}"
+        )
+    return open_accelerator(device)

@@ -20,7 +20,14 @@ def generate(
     dtype: Annotated[Dtype, typer.Option(help="Of the weights in memory.")] = "auto",
     verify: Annotated[bool, typer.Option(help="Compare the files with their checksums first.")] = True,
     memory: Annotated[
-        str | None, typer.Option(help="Of the whole process, e.g. 4GB; for a checkpoint that `moe-prism pack` wrote.")
+        str | None,
+        typer.Option(help="Of the whole process (with --device: of that), e.g. 4GB; for what `moe-prism pack` wrote."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cuda or cuda:N: compute there, blocks in the host's memory; with --memory. No GPU tried yet."
+        ),
     ] = None,
     tpot_ms: Annotated[
         float | None, typer.Option(help="Milliseconds of a token, within which blocks are read; with --memory.")
@@ -37,9 +44,14 @@ def generate(
     moe-prism generate olmoe-packed --memory 4GB --tpot-ms 200 --k-min 9 --prompt "The sea was"
     """
     from ..errors import PrismError
-    from .console import bytes_of
+    from .console import accelerator_named, bytes_of
 
     limit = None if memory is None else bytes_of(memory)
+    if device is not None and limit is None:
+        raise PrismError(
+            "--device is for a checkpoint that `moe-prism pack` wrote, and needs --memory: how much of that device's "
+            "memory it may have"
+        )
     if tpot_ms is not None and limit is None:
         raise PrismError("--tpot-ms says which blocks are worth reading, so it needs --memory")
     if k_min is not None and tpot_ms is None:
@@ -52,6 +64,7 @@ def generate(
     from ..checkpoint.read import open_checkpoint
     from ..elastic.dial import Dial
 
+    accelerator = accelerator_named(device, k_stored)
     budget = Dial(open_checkpoint(checkpoint, verify=False).elastic.full_budget)
     chosen = budget.full_budget if k_active is None else budget.check(k_active)
     floor = 1 if k_min is None else budget.check(k_min)
@@ -76,9 +89,11 @@ def generate(
     from .offloaded import shown
 
     length = len(tokenizer(prompt).input_ids) + max_new_tokens
-    copied = stored is not None or (tpot_ms is not None and has_shadow(checkpoint))
+    copied = stored is not None or (tpot_ms is not None and device is None and has_shadow(checkpoint))
     shadow = SHADOW_SHARE if copied else None
-    model = load_offloaded(checkpoint, limit, dtype=dtype, context=length, shadow=shadow, verify=verify)
+    model = load_offloaded(
+        checkpoint, limit, dtype=dtype, context=length, shadow=shadow, device=accelerator, verify=verify
+    )
     set_budget(model, chosen)
     pace = None
     if tpot_ms is not None:
@@ -97,7 +112,7 @@ def continue_text(
 
     from ..errors import PrismError
 
-    ids = tokenizer(prompt, return_tensors="pt").input_ids  # type: ignore[operator]
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)  # type: ignore[attr-defined, operator]
     if ids.shape[1] == 0:
         raise PrismError("the prompt is empty; give at least one word")
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

@@ -13,7 +13,7 @@ from .sweep import parse_budgets
 
 def plan(
     checkpoint: Annotated[Path, typer.Argument(help="Packed checkpoint, where it will run.")],
-    memory: Annotated[str, typer.Option(help="Of the whole process, e.g. 4GB.")],
+    memory: Annotated[str, typer.Option(help="Of the whole process, or with --device of that, e.g. 4GB.")],
     text: Annotated[
         Path | None, typer.Option(help="Text like those to come. Without: text sampled from the model, which is slow.")
     ] = None,
@@ -22,6 +22,9 @@ def plan(
     budgets: Annotated[str | None, typer.Option(help="Such as 4,8,16; by default the measured points.")] = None,
     k_stored: Annotated[
         int | None, typer.Option(help="Of each budget, how many sub-experts run as stored, the rest at 4 bits.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cuda:N, as `moe-prism generate` takes it. No GPU tried yet.")
     ] = None,
     verify: Annotated[bool, typer.Option(help="Compare the files with their checksums first.")] = True,
 ) -> None:
@@ -32,9 +35,10 @@ def plan(
     Example: moe-prism plan olmoe-packed --memory 4GB --text wiki.txt
     """
     from ..errors import PrismError
-    from .console import bytes_of
+    from .console import accelerator_named, bytes_of
 
     limit, asked = bytes_of(memory), parse_budgets(budgets)
+    accelerator = accelerator_named(device, k_stored)
     from ..checkpoint.read import open_checkpoint
 
     opened = open_checkpoint(checkpoint, verify=False)
@@ -57,7 +61,9 @@ def plan(
     measured = opened.operating_points()
     quality = {} if measured is None else {point.k_active: point for point in measured.elastic}
     shadow = None if k_stored is None else SHADOW_SHARE
-    model = load_offloaded(checkpoint, limit, context=max(context, tokens), shadow=shadow, verify=verify)
+    model = load_offloaded(
+        checkpoint, limit, context=max(context, tokens), shadow=shadow, device=accelerator, verify=verify
+    )
     if text is None:
         from ..evaluation.sampling import sample_windows
 
@@ -67,8 +73,10 @@ def plan(
         ids = torch.tensor(load_tokenizer(str(checkpoint))(read).input_ids[:tokens])
     shares = sorted({max(1, round(full * eighth / 8)) for eighth in (1, 2, 3, 4, 6, 8)})
     found = expect(model, ids, asked or sorted(quality) or shares, k_stored=k_stored)
+    source = "disk" if device is None else "bus"
     out.print(
-        f"{found.slots} of {found.blocks} blocks fit; the disk gives {found.bandwidth / 1e9:.2f} GB/s", soft_wrap=True
+        f"{found.slots} of {found.blocks} blocks fit; the {source} gives {found.bandwidth / 1e9:.2f} GB/s",
+        soft_wrap=True,
     )
     table = Table("budget", "found in memory", "ms a token", "rise of perplexity", "KL to full")
     for point in found.points:

@@ -54,7 +54,7 @@ class Limiter(Protocol):
         """Whether a step of so many tokens is limited."""
 
     def limit(self, layer: int, scores: Tensor, chosen: Tensor, floor: Tensor, index: Tensor) -> Tensor:
-        """The candidates that run: all of ``floor``, and part of ``chosen``.
+        """The candidates that run: all of ``floor``, and part of ``chosen``. All tensors are on the CPU.
 
         Args:
             layer: its number.

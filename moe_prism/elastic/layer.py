@@ -214,16 +214,19 @@ def _limited(
     step: StepBudgets,
 ) -> tuple[Selection, StepBudgets]:
     """What runs in the time there is, and the budgets that this comes to."""
-    dial = state.dial
+    dial, device = state.dial, index.device
+    # Time and memory are the host's business, so wherever the layer computes, limiters see tensors on the CPU.
+    scores, weights, index, budgets = scores.cpu(), weights.cpu(), index.cpu(), look.k_active.cpu()
     floor = dial.of_layer(torch.full((len(index),), limiter.floor), state.number)
     floor = floor if dial.plan is None else dial.plan.scan[floor]
     pooled = pooled_scores(scores, weights, state.gate.weighted)
     first = first_candidates(pooled, weights)
-    chosen = best(pooled, first, look.k_active)
-    kept = limiter.limit(state.number, pooled, chosen, best(pooled, first, floor.minimum(look.k_active)), index)
+    chosen = best(pooled, first, budgets)
+    kept = limiter.limit(state.number, pooled, chosen, best(pooled, first, floor.minimum(budgets)), index)
     # Where neurons are skipped, the number of sub-experts looked at is not the budget that is paid.
-    budgets = kept.sum(dim=(1, 2)) if look is step else step.k_active
-    return gather_selection(kept, index, weights.float()), StepBudgets(budgets)
+    ran = kept.sum(dim=(1, 2)) if look is step else step.k_active
+    selection = gather_selection(kept, index, weights.float())
+    return Selection(*(values.to(device) for values in selection)), StepBudgets(ran.to(device))
 
 
 def _share(

@@ -41,7 +41,7 @@ class OffloadExecutor(Executor):
     def run(self, module: nn.Module, x: Tensor, selection: Selection, n: int, computed: Tensor | None = None) -> Tensor:
         """See ``Executor.run``; ``computed`` is None, since no gate of an offloaded model reads neurons."""
         blocks = _required(module)
-        if x.device.type == "cpu" and is_plain(module):
+        if blocks.manager.tier.arrays and is_plain(module):
             return run_plain(blocks, x, by_sub_expert(selection, n, blocks.num_sub_experts))
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         selection = Selection(*(values.cpu() for values in selection))  # which block is where is the host's business
@@ -52,7 +52,7 @@ class OffloadExecutor(Executor):
                 hidden: Tensor = module._apply_gate(projected)  # type: ignore[operator]
                 weight = ready.pairs.weight[:, None].float().to(x.device)
                 outputs[ready.at.to(x.device)] = ready.down(hidden * weight)
-            out.index_add_(0, part.pairs.token.to(x.device), outputs)
+            _add_up(out, part.pairs.token.to(x.device), outputs)
         return out.to(x.dtype)
 
     def run_some(self, module: nn.Module, x: Tensor, selection: Selection, n: int, rule: NeuronRule) -> Tensor:
@@ -65,7 +65,7 @@ class OffloadExecutor(Executor):
         size = blocks.manager.layout.neurons
         rule.check(size)
         hidden, score = torch.empty(2, len(selection.token), size)
-        scale = rule.scale.view(-1, size)
+        scale = rule.scale.view(-1, size).cpu()
         parts = list(parts_of(selection, blocks, x.shape[1]))
         for part in parts:
             for ready in part.as_they_come(x):
@@ -79,8 +79,16 @@ class OffloadExecutor(Executor):
             outputs = torch.empty(len(part.pairs.token), x.shape[1], device=x.device)
             for ready in part.as_they_come(None):
                 outputs[ready.at.to(x.device)] = ready.down(hidden[(ready.at + part.begin).to(x.device)])
-            out.index_add_(0, part.pairs.token.to(x.device), outputs)
+            _add_up(out, part.pairs.token.to(x.device), outputs)
         return out.to(x.dtype)
+
+
+def _add_up(out: Tensor, token: Tensor, outputs: Tensor) -> None:
+    """Add outputs to their tokens' rows, always in the same order."""
+    if out.device.type == "cpu":
+        out.index_add_(0, token, outputs)
+    else:  # where index_add_ adds in the order in which threads come, and this sorts first
+        out.index_put_((token,), outputs, accumulate=True)
 
 
 def _kept(token: Tensor, score: Tensor, rule: NeuronRule) -> Tensor:

@@ -1,6 +1,6 @@
 """Load a packed checkpoint within a memory budget: everything but the routed experts, and a cache for those.
 
-Knows how much memory the process has taken and what a cache of keys and values will; the rest goes to blocks.
+What is left of the memory goes to blocks (``room``); on an accelerator all that is resident lies there.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
@@ -23,6 +22,7 @@ from ..elastic.layout import use_linear_panels
 from ..elastic.linear import use_fast_linear
 from ..elastic.norms import use_fast_norms
 from ..errors import CheckpointError, PrismError
+from .accelerator import Accelerator, open_accelerator
 from .block_file import BlockFile
 from .eviction import EVICTION
 from .executor import NAME
@@ -30,13 +30,12 @@ from .manager import READERS, Manager
 from .pack import BLOCKS_FILE, RESIDENT_FILE, SHADOW_FILE, STACKED
 from .parts import LayerBlocks, blocks_of
 from .predict import Predictor
-from .tiers import MemoryTier, Tier
+from .room import check_accelerator, room_for_blocks
+from .tiers import DeviceTier, MemoryTier, Tier, host_blocks
 
 RULE = "frequent-recent"
 # Of the blocks' memory, for the copy at 4 bits: the best of three tried (docs/log.md).
 SHADOW_SHARE = 0.75
-# Logits, outputs of a layer's pairs and what the allocator keeps, in bytes.
-WORKING = 160 << 20
 
 
 def load_offloaded(
@@ -49,6 +48,7 @@ def load_offloaded(
     read_ahead: bool = True,
     context: int = 4096,
     shadow: float | None = None,
+    device: str | Accelerator | None = None,
     verify: bool = True,
 ) -> PreTrainedModel:
     """Load what ``moe-prism pack`` wrote; the model generates like one from ``load_elastic``.
@@ -56,7 +56,7 @@ def load_offloaded(
     Args:
         path: packed checkpoint.
         memory: bytes for the whole process: interpreter and libraries, weights, keys and values of ``context`` tokens,
-            working memory, blocks.
+            working memory, blocks. With ``device``, bytes of its memory for all of that which lies there.
         dtype: of the resident weights; "auto" keeps the stored one. Blocks stay as stored.
         rule: which block is evicted: frequent-recent, gate-aware, lfu-decay, lru.
         readers: threads that read blocks.
@@ -64,55 +64,52 @@ def load_offloaded(
         context: tokens that ``memory`` has room for.
         shadow: share of the blocks' memory for their copy at 4 bits, above 0 and below 1, for ``set_stored`` and
             deadlines; None: without the copy.
+        device: "cuda" or "cuda:N": compute there, with all blocks in pinned memory of the host; None: on the CPU, with
+            blocks on disk. It has not run on a GPU yet.
         verify: compare all files but the block file with their checksums; every block is checked when it is read.
 
     Raises:
         CheckpointError: not a packed checkpoint, one without the copy that ``shadow`` asks for, or an altered one.
-        PrismError: the memory is too small; the message states the least that works.
+        PrismError: the memory is too small; the message states the least that works. No such device, or one with
+            ``shadow``, or a host without memory for the blocks.
     """
     if shadow is not None and not 0 < shadow < 1:
         raise PrismError(f"shadow, a share of the blocks' memory, must be above 0 and below 1, got {shadow}")
+    if shadow is not None and device is not None:
+        raise PrismError(f"blocks at 4 bits are for the CPU, and not for device {device}: leave out one of the two")
+    accelerator = open_accelerator(device) if isinstance(device, str) else device
     folder = Path(path).expanduser()
     if not (folder / BLOCKS_FILE).is_file():
         raise CheckpointError(f"{folder} is not a packed checkpoint: run `moe-prism pack CKPT OUT` and load OUT")
     if shadow is not None and not has_shadow(folder):
         raise CheckpointError(f"{folder} has no copy at 4 bits: pack with `moe-prism pack CKPT OUT --shadow-bits 4`")
-    if verify:
-        verify_sums(folder, besides={BLOCKS_FILE, SHADOW_FILE})
     names = [BLOCKS_FILE] if shadow is None else [BLOCKS_FILE, SHADOW_FILE]
     with ExitStack() as opened:
         files = [opened.enter_context(BlockFile(folder / name)) for name in names]
-        model, elastic = load_resident(folder, dtype)
-        free = memory - psutil.Process().memory_info().rss - WORKING - context * token_bytes(model)
+        if accelerator is not None:
+            check_accelerator(files[0].layout, memory, accelerator)
+        if verify:
+            verify_sums(folder, besides={BLOCKS_FILE, SHADOW_FILE})
+        model, elastic = load_resident(folder, dtype, None if accelerator is None else accelerator.device)
         shares = [1.0] if shadow is None else [1 - shadow, shadow]
-        least = [elastic.full_budget * file.layout.stride for file in files]
-        missing = max(need / share - free for need, share in zip(least, shares, strict=True))
-        if missing > 0:
-            raise PrismError(
-                f"a memory of {memory / 1e9:.2f} GB is too small: with {context} tokens of context it takes "
-                f"{(memory + missing) / 1e9:.2f} GB to hold the {elastic.full_budget} sub-experts of one token in one "
-                "layer; raise --memory"
-            )
-        slots = _places(files, free, shares)
-        manager = attach_blocks(model, files[0], slots[0], rule=rule, readers=readers, read_ahead=read_ahead)
+        slots = room_for_blocks(model, memory, context, elastic.full_budget, files, shares, accelerator)
+        tier: Tier
+        if accelerator is None:
+            tier = MemoryTier(files[0], slots[0])
+        else:
+            tier = DeviceTier(host_blocks(files[0], readers), files[0].layout, slots[0], accelerator)
+            files[0].close()
+        opened.callback(tier.close)
+        manager = attach_tier(model, tier, rule=rule, readers=readers, read_ahead=read_ahead)
         opened.callback(manager.close)
         if shadow is not None:
             attach_shadow(model, manager, files[1], slots[1], rule=rule, readers=readers)
-        use_fast_linear(model)
-        use_fast_norms(model)
-        use_linear_panels(model, in_place=True)  # pages of a mapped file would count beside the new ones
+        if accelerator is None:
+            use_fast_linear(model)
+            use_fast_norms(model)
+            use_linear_panels(model, in_place=True)  # pages of a mapped file would count beside the new ones
         opened.pop_all()  # the manager closes them from now on
     return model
-
-
-def _places(files: list[BlockFile], free: int, shares: list[float]) -> list[int]:
-    """Places of each file's blocks; what a file does not need for all of its blocks goes to the first."""
-    later = [
-        min(int(share * free) // file.layout.stride, file.layout.blocks)
-        for file, share in zip(files[1:], shares[1:], strict=True)
-    ]
-    left = free - sum(count * file.layout.stride for count, file in zip(later, files[1:], strict=True))
-    return [min(left // files[0].layout.stride, files[0].layout.blocks), *later]
 
 
 def attach_blocks(
@@ -194,16 +191,7 @@ def has_shadow(folder: str | Path) -> bool:
     return (Path(folder).expanduser() / SHADOW_FILE).is_file()
 
 
-def token_bytes(model: PreTrainedModel) -> int:
-    """Bytes of one token's keys and values, at most: as many heads for keys and values as the family keeps."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = max(width, getattr(config, "qk_head_dim", 0) or 0)
-    return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
-
-
-def _copied(path: Path, dtype: str | torch.dtype) -> dict[str, Tensor]:
+def _copied(path: Path, dtype: str | torch.dtype, device: torch.device | None = None) -> dict[str, Tensor]:
     """Tensors in memory of their own, one after the other.
 
     safetensors gives views of the mapped file: pages that count as memory once they are touched, which is after the
@@ -216,18 +204,27 @@ def _copied(path: Path, dtype: str | torch.dtype) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:  # anew each time: the pages of the former tensor are given back
             tensor = file.get_tensor(name)
             kind = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, tensor.dtype)
-            tensors[name] = tensor.to(kind if tensor.is_floating_point() else tensor.dtype, copy=True)
+            kind = kind if tensor.is_floating_point() else tensor.dtype
+            tensors[name] = tensor.to(device=device, dtype=kind, copy=True)
     return tensors
 
 
-def load_resident(folder: Path, dtype: str | torch.dtype) -> tuple[PreTrainedModel, ElasticConfig]:
-    """The elastic model of a packed checkpoint without its routed experts' weights, and what it says of itself."""
+def load_resident(
+    folder: Path, dtype: str | torch.dtype, device: torch.device | None = None
+) -> tuple[PreTrainedModel, ElasticConfig]:
+    """The elastic model of a packed checkpoint without its routed experts' weights, and what it says of itself.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: of its weights, as of ``load_offloaded``.
+        device: where all of it is to lie; None: on the CPU.
+    """
     config = AutoConfig.from_pretrained(folder)
     elastic = parse_elastic_config(getattr(config, CONFIG_KEY, None))
     with init_empty_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     try:
-        weights = _copied(folder / RESIDENT_FILE, dtype)
+        weights = _copied(folder / RESIDENT_FILE, dtype, device)
         tensors = _copied(folder / TENSORS_FILE, "auto")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} is incomplete or altered ({error}); pack the checkpoint again") from None
@@ -239,4 +236,15 @@ def load_resident(folder: Path, dtype: str | torch.dtype) -> tuple[PreTrainedMod
         raise CheckpointError(f"{folder / RESIDENT_FILE} has no {', '.join(wrong)}; pack the checkpoint again")
     model.eval().requires_grad_(False)
     attach(model, elastic, tensors, same_weights=False)
+    if device is not None:
+        _place(model, device)
     return model, elastic
+
+
+def _place(model: PreTrainedModel, device: torch.device) -> None:
+    """Bring to a device what did not come from the resident file, so that it counts: buffers, the gates' tensors."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    for _, state in elastic_layers(model):
+        state.on(device)

@@ -76,13 +76,10 @@ def _drive(works: list[Generator[None]]) -> None:
 
 def _compute_stored(part: Part, batch: list[Ready], tokens: Tensor, outputs: Tensor) -> None:
     tier = part.blocks.manager.tier
-    rows = tier.rows()
-    if isinstance(rows, Tensor):  # a device that is the CPU: in tests
-        rows = rows.view(torch.int16).numpy().view(np.uint16) if rows.dtype != torch.float32 else rows.numpy()
     at, starts, slot = part.places(batch)
     token, weight = part.pairs.token.numpy(), part.pairs.weight.float().numpy()
     first, size = slot * tier.rows_per_slot, tier.layout.neurons
-    gated_blocks(rows, tokens.numpy(), token, weight, at, starts, first, size, outputs.numpy())
+    gated_blocks(tier.rows(), tokens.numpy(), token, weight, at, starts, first, size, outputs.numpy())
 
 
 def _compute_digits(part: Part, batch: list[Ready], tokens: Tensor, outputs: Tensor) -> None:

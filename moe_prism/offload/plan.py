@@ -1,8 +1,8 @@
 """What an offloaded model will do in a memory, before it is used: hit rate and time of a token at every budget.
 
-The hit rate is that of the eviction rule on a recorded trace; times are the measured speeds of the disk and of
-computing from memory. Reading and computing overlap in part: a token takes at least the longer of the two and at most
-their sum. Knows nothing of quality.
+The hit rate is that of the eviction rule on a recorded trace; times are the measured speeds of the disk, or of the bus
+to an accelerator, and of computing from memory. Reading and computing overlap in part: a token takes at least the
+longer of the two and at most their sum. Knows nothing of quality.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class MemoryPlan(NamedTuple):
         points: by budget.
         slots: places for blocks.
         blocks: of the model.
-        bandwidth: of the disk with blocks of this size, bytes per second.
+        bandwidth: of the disk, or the bus, with blocks of this size: bytes per second.
     """
 
     points: list[Expected]
@@ -85,7 +85,7 @@ def plan(
     """
     if len(ids) < 32:
         raise PrismError(f"a text of 32 tokens or more is needed to see which blocks come again, got {len(ids)}")
-    manager = manager_of(model)
+    manager, ids = manager_of(model), ids.to(model.device)
     trace = record(model, ids)
     bandwidth = manager.tier.bandwidth(len(manager.readers), _SAMPLE)
     dial, shadow = dial_of(model), layers_of(model)[0].shadow
@@ -114,6 +114,7 @@ def _compute_seconds(model: PreTrainedModel, ids: torch.Tensor, k_active: int) -
         cache = DynamicCache(config=model.config)
         for _ in range(_REPEATS):
             begin, stalled = time.perf_counter(), counted.stall_seconds
-            model(ids[None, :1], past_key_values=cache, use_cache=True)
+            # A device has computed once its result has come to the host.
+            model(ids[None, :1], past_key_values=cache, use_cache=True).logits[0, -1, 0].item()
             times.append(time.perf_counter() - begin - (counted.stall_seconds - stalled))
     return median(times)

@@ -7,12 +7,11 @@ not its business.
 
 from __future__ import annotations
 
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import PrismError
+from .accelerator import Accelerator
 from .block_file import DIGITS, BlockFile, BlockLayout, aligned
 
 GoOn = Callable[[int], bool]
@@ -32,11 +32,13 @@ class Tier(ABC):
         layout: of the blocks.
         slots: how many places there are.
         device: where layers compute.
+        arrays: whether ``rows`` are NumPy's, for the CPU's compiled kernels, or a tensor on the device.
     """
 
     layout: BlockLayout
     slots: int
     device: torch.device
+    arrays: ClassVar[bool]
 
     @abstractmethod
     def fill(self, block: int, slot: int, go_on: GoOn) -> bool:
@@ -84,6 +86,8 @@ class Tier(ABC):
 class MemoryTier(Tier):
     """Memory, filled from a block file."""
 
+    arrays: ClassVar[bool] = True
+
     def __init__(self, file: BlockFile, slots: int) -> None:
         """Reserve memory; the file is closed with the tier. Raises PrismError where there is not enough."""
         self.file, self.layout, self.slots, self.device = file, file.layout, slots, torch.device("cpu")
@@ -128,71 +132,47 @@ def _timed(read: Callable[[list[int]], None], layout: BlockLayout, readers: int,
     return len(chosen) * layout.stride / (time.perf_counter() - begin)
 
 
-class Copies(Protocol):
-    """Copies beside the computing, and what orders the two."""
-
-    def mark(self) -> Any:
-        """A point in the computing that was begun so far."""
-
-    def copy(self, target: Tensor, source: Tensor, after: Any) -> None:
-        """Copy once the computing has passed a mark (None: at once); returns when the copy has ended."""
-
-
-class StreamCopies:
-    """Copies on a CUDA stream of their own. Not tested on a GPU yet."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._local = threading.local()
-
-    def mark(self) -> Any:
-        """An event on the stream that computes."""
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def copy(self, target: Tensor, source: Tensor, after: Any) -> None:
-        """See ``Copies.copy``; every thread has its stream."""
-        if not hasattr(self._local, "stream"):
-            self._local.stream = torch.cuda.Stream(self._device)
-        stream = self._local.stream
-        with torch.cuda.stream(stream):
-            if after is not None:
-                stream.wait_event(after)
-            target.copy_(source, non_blocking=True)
-        stream.synchronize()
-
-
 class DeviceTier(Tier):
-    """Memory of an accelerator, filled from the host's. Its stream copies are not tested on a GPU yet."""
+    """Memory of an accelerator, filled from the host's. It has not run on a GPU yet."""
 
-    def __init__(self, host: Tensor, layout: BlockLayout, slots: int, device: torch.device, copies: Copies) -> None:
-        """Reserve the device's memory.
+    arrays: ClassVar[bool] = False
+
+    def __init__(self, host: Tensor, layout: BlockLayout, slots: int, accelerator: Accelerator) -> None:
+        """Reserve the device's memory, and pin the host's.
 
         Args:
-            host: uint8 ``[blocks, stride]``, all blocks; pinned, or copies would wait for one another.
+            host: uint8 ``[blocks, stride]``, all blocks, in memory of their own.
             layout: of the blocks.
             slots: places on the device.
-            device: where layers compute.
-            copies: how blocks get there.
+            accelerator: where layers compute, and how blocks get there.
+
+        Raises:
+            PrismError: blocks at 4 bits, another number of bytes, memory that is not there or cannot be pinned.
         """
         if layout.dtype == DIGITS:
             raise PrismError("blocks at 4 bits are for the CPU; load the stored ones on this device")
         if host.shape != (layout.blocks, layout.stride):
             raise PrismError(f"blocks in memory must be {layout.blocks} of {layout.stride} bytes, got {host.shape}")
-        self.layout, self.slots, self.device = layout, slots, device
-        self._host, self._copies = host, copies
-        self._slab = torch.zeros(slots, layout.stride, dtype=torch.uint8, device=device)
-        self._marks: dict[int, Any] = {}
+        self.layout, self.slots, self.device = layout, slots, accelerator.device
+        self._host, self._accelerator = host, accelerator
+        try:
+            self._slab = torch.empty(slots, layout.stride, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            size = slots * layout.stride / 1e9
+            raise PrismError(f"{self.device} has no {size:.2f} GB for blocks ({error}); lower --memory") from None
+        accelerator.pin(host)
+        self._pinned = True
+        # The device may still be using what lay where the places are now.
+        self._marks: dict[int, Any] = dict.fromkeys(range(slots), accelerator.mark())
 
     def fill(self, block: int, slot: int, go_on: GoOn) -> bool:
         """See ``Tier.fill``; a copy is not ended early, a bus is fast."""
-        self._copies.copy(self._slab[slot], self._host[block], self._marks.pop(slot, None))
+        self._accelerator.copy(self._slab[slot], self._host[block], self._marks.pop(slot, None))
         return go_on(self.layout.stride)
 
     def used(self, slots: Iterable[int]) -> None:
         """See ``Tier.used``: a place is filled again when the device has passed this point."""
-        mark = self._copies.mark()
+        mark = self._accelerator.mark()
         self._marks.update(dict.fromkeys(slots, mark))
 
     def rows(self) -> Tensor:
@@ -203,22 +183,37 @@ class DeviceTier(Tier):
         """See ``Tier.bandwidth``."""
 
         def read(mine: list[int]) -> None:
-            target = torch.empty_like(self._slab[0])
+            target, mark = torch.empty_like(self._slab[0]), self._accelerator.mark()
             for block in mine:
-                self._copies.copy(target, self._host[block], None)
+                self._accelerator.copy(target, self._host[block], mark)
 
         return _timed(read, self.layout, readers, blocks, seed)
 
     def close(self) -> None:
-        """Nothing was opened."""
+        """Unpin the host's memory."""
+        if self._pinned:
+            self._pinned = False
+            self._accelerator.unpin(self._host)
 
 
-def pinned_blocks(file: BlockFile) -> Tensor:
-    """All blocks in pinned memory of the host, checked: uint8 ``[blocks, stride]``."""
+def host_blocks(file: BlockFile, readers: int) -> Tensor:
+    """All blocks in memory, checked: uint8 ``[blocks, stride]``.
+
+    Args:
+        file: to read, by O_DIRECT straight to where blocks stay.
+        readers: threads that read.
+
+    Raises:
+        CheckpointError: a block cannot be read, or is altered.
+        PrismError: there is not enough memory.
+    """
     layout = file.layout
-    host = torch.empty(layout.blocks, layout.stride, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    staging = aligned(layout.stride)
-    for block in range(layout.blocks):
-        file.read(block, memoryview(staging))  # type: ignore[arg-type]
-        host[block] = torch.from_numpy(staging)
-    return host
+    slab = aligned(layout.blocks * layout.stride)
+    memory = memoryview(slab)  # type: ignore[arg-type]
+
+    def read(block: int) -> None:
+        file.read(block, memory[block * layout.stride : (block + 1) * layout.stride])
+
+    with ThreadPoolExecutor(readers) as pool:
+        list(pool.map(read, range(layout.blocks)))
+    return torch.from_numpy(slab).view(layout.blocks, layout.stride)

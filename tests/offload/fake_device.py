@@ -1,4 +1,4 @@
-"""A device that computes later than it is told to, and copies that may run meanwhile."""
+"""A device that computes later than it is told to, and copies that may run meanwhile. It is the CPU, in fact."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moe_prism.offload.accelerator import Accelerator
 from moe_prism.offload.block_file import BlockFile
-from moe_prism.offload.tiers import DeviceTier, pinned_blocks
+from moe_prism.offload.tiers import DeviceTier, host_blocks
 
 
-class FakeDevice:
-    """Work is done in order by a thread, some time after it was begun; copies are done by whoever asks for them."""
+class FakeDevice(Accelerator):
+    """Work is done in order by a thread, some time after it was begun; copies are done by whoever asks for them.
 
-    def __init__(self, delay: float = 0.0005) -> None:
+    Attributes:
+        memory: that it has, in bytes.
+        used: of that, what this process has before there are blocks.
+        pinned: bytes of the host's that are pinned now.
+    """
+
+    def __init__(self, delay: float = 0.0005, memory: int = 1 << 40, used: int = 0) -> None:
+        self.device, self.memory, self.used, self.pinned = torch.device("cpu"), memory, used, 0
         self._work: queue.Queue[Callable[[], object]] = queue.Queue()
         self._delay = delay
         threading.Thread(target=self._run, daemon=True).start()
@@ -34,6 +42,18 @@ class FakeDevice:
     def finish(self) -> None:
         self.mark().wait(10)
 
+    def capacity(self) -> int:
+        return self.memory
+
+    def taken(self) -> int:
+        return self.used
+
+    def pin(self, memory: Tensor) -> None:
+        self.pinned += memory.nbytes
+
+    def unpin(self, memory: Tensor) -> None:
+        self.pinned -= memory.nbytes
+
     def mark(self) -> threading.Event:
         passed = threading.Event()
         self.begin(passed.set)
@@ -46,6 +66,5 @@ class FakeDevice:
 
 
 def device_tier(file: BlockFile, slots: int, device: FakeDevice) -> DeviceTier:
-    host, layout = pinned_blocks(file), file.layout
-    file.close()
-    return DeviceTier(host, layout, slots, torch.device("cpu"), device)
+    with file:
+        return DeviceTier(host_blocks(file, 2), file.layout, slots, device)

@@ -62,4 +62,13 @@ def test_a_model_on_a_device_tier_equals_the_one_in_memory(family: str, tmp_path
 def test_blocks_of_the_wrong_size_are_refused(tmp_path) -> None:
     layout = block_file(tmp_path / "blocks")
     with pytest.raises(PrismError, match=r"blocks in memory must be 16 of \d+ bytes"):
-        DeviceTier(torch.zeros(3, 8, dtype=torch.uint8), layout, 2, torch.device("cpu"), FakeDevice())
+        DeviceTier(torch.zeros(3, 8, dtype=torch.uint8), layout, 2, FakeDevice())
+
+
+def test_a_place_is_not_filled_before_the_device_has_passed_what_was_begun_before_there_were_places(tmp_path) -> None:
+    block_file(tmp_path / "blocks")
+    device, order = FakeDevice(0.02), []
+    device.begin(lambda: order.append("work"))
+    tier = device_tier(BlockFile(tmp_path / "blocks"), 2, device)
+    tier.fill(0, 1, lambda _: order.append("filled") is None)
+    assert order == ["work", "filled"]

@@ -59,15 +59,22 @@ def bf16_tensors(folder: Path) -> dict[str, NDArray[np.uint16]]:
     """All weights of a checkpoint as bit patterns, mapped from its safetensors files."""
     found: dict[str, NDArray[np.uint16]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header: dict[str, Any] = json.loads(stream.read(size))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            if entry["dtype"] != "BF16":
-                raise SystemExit(f"error: {file}: {name} is {entry['dtype']}, the bench writes BF16 only")
-            shape, at = tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
-            found[name] = np.memmap(file, np.uint16, "r", at, shape)
+        found |= bf16_file(file)
+    return found
+
+
+def bf16_file(file: Path) -> dict[str, NDArray[np.uint16]]:
+    """The same of one file."""
+    found: dict[str, NDArray[np.uint16]] = {}
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header: dict[str, Any] = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] != "BF16":
+            raise SystemExit(f"error: {file}: {name} is {entry['dtype']}, the bench writes BF16 only")
+        shape, at = tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
+        found[name] = np.memmap(file, np.uint16, "r", at, shape)
     return found
 
 
@@ -87,10 +94,20 @@ def stacked(weights: dict[str, NDArray[np.uint16]]) -> Iterator[tuple[str, list[
 
 
 def write_gguf(folder: Path, out: Path) -> None:
-    """Write the file under a temporary name, then rename it."""
+    """Write the file of a checkpoint."""
+    write_weights(json.loads((folder / "config.json").read_text()), bf16_tensors(folder), out)
+
+
+def write_weights(config: dict[str, Any], weights: dict[str, NDArray[np.uint16]], out: Path) -> None:
+    """Write the file under a temporary name, then rename it.
+
+    Args:
+        config: of the checkpoint.
+        weights: by their names on the hub, as bit patterns; mapped, they need not fit memory.
+        out: the file.
+    """
     import gguf
 
-    config = json.loads((folder / "config.json").read_text())
     draft = out.with_name(out.name + ".partial")
     writer = gguf.GGUFWriter(draft, ARCHITECTURE)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
@@ -106,7 +123,7 @@ def write_gguf(folder: Path, out: Path) -> None:
     writer.add_expert_count(config["num_experts"])
     writer.add_expert_used_count(config["num_experts_per_tok"])
     writer.add_tokenizer_model("no_vocab")
-    tensors = list(stacked(bf16_tensors(folder)))
+    tensors = list(stacked(weights))
     for name, pieces in tensors:
         wide = name.endswith(WIDE)
         shape = pieces[0].shape if len(pieces) == 1 else (len(pieces), *pieces[0].shape)

@@ -8,6 +8,7 @@ A step is one ``llama_decode`` and the choice of the likeliest token.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -18,29 +19,56 @@ from numpy.typing import NDArray
 from decode_bench.job import LONGEST, Job, run_worker, save_logits, time_steps
 
 
-class Decoder:
+def in_memory(loading: Any) -> None:
+    """Read weights into memory: a mapped file would be paged in, expert by expert, inside the timed steps."""
+    _load(loading, "LLAMA_LOAD_MODE_NONE", False)
+
+
+def mapped(loading: Any) -> None:
+    """Map the file."""
+    _load(loading, "LLAMA_LOAD_MODE_MMAP", True)
+
+
+def _load(loading: Any, mode: str, use_mmap: bool) -> None:
+    # A ctypes structure takes any attribute, so the field's name, which depends on the version, is looked up.
+    if hasattr(type(loading), "load_mode"):
+        loading.load_mode = getattr(llama_cpp, mode)
+    else:
+        loading.use_mmap = use_mmap
+
+
+class Context:
     """A context of llama.cpp, which runs one sequence."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(
+        self,
+        model: str,
+        threads: int,
+        tokens: int = LONGEST,
+        load: Callable[[Any], None] = in_memory,
+    ) -> None:
+        """Load a model.
+
+        Args:
+            model: a GGUF file.
+            threads: that compute.
+            tokens: of the sequence, at most.
+            load: says how weights are loaded.
+        """
         llama_cpp.llama_backend_init()
         loading = llama_cpp.llama_model_default_params()
-        # Read into memory: a mapped file would be paged in, expert by expert, inside the timed steps. A ctypes
-        # structure takes any attribute, so the field's name, which depends on the version, is looked up.
-        if hasattr(type(loading), "load_mode"):
-            loading.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-        else:
-            loading.use_mmap = False
+        load(loading)
         loading.n_gpu_layers = 0
-        self.model = llama_cpp.llama_model_load_from_file(job.model.encode(), loading)
+        self.model = llama_cpp.llama_model_load_from_file(model.encode(), loading)
         if not self.model:
-            raise SystemExit(f"error: llama.cpp cannot load {job.model}")
+            raise SystemExit(f"error: llama.cpp cannot load {model}")
         settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = LONGEST
-        settings.n_threads = settings.n_threads_batch = job.threads
+        settings.n_ctx = settings.n_batch = tokens
+        settings.n_threads = settings.n_threads_batch = threads
         self.context = llama_cpp.llama_init_from_model(self.model, settings)
         if not self.context:
             raise SystemExit("error: llama.cpp cannot make a context")
-        self.vocabulary = job.vocabulary
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
     def feed(self, tokens: list[int]) -> None:
         """Run tokens after those before."""
@@ -61,7 +89,7 @@ class Decoder:
 
 def measure(job: Job) -> dict[str, Any]:
     """Check, then every point; points must be of one token."""
-    decoder = Decoder(job)
+    decoder = Context(job.model, job.threads)
     row = job.rows(1)[0]
     decoder.feed(row[: job.prompt - 1])
     decoder.feed(row[job.prompt - 1 : job.prompt])

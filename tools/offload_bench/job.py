@@ -1,4 +1,7 @@
-"""What a measured process is asked and what it answers. Knows nothing of engines."""
+"""What a measured process is asked and what it answers.
+
+Runs under the Python of every engine, so it needs the standard library only. Knows nothing of engines.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 
 @dataclass(frozen=True)
 class Job:
@@ -18,7 +19,7 @@ class Job:
 
     Attributes:
         engine: name in the result.
-        model: a packed checkpoint, or the folder of accelerate's files.
+        model: a packed checkpoint, the folder of accelerate's files, or a GGUF file.
         memory: bytes of the whole process.
         routing: file of a ``Routing``.
         k_active: budget, in the units of the model's own N.
@@ -51,7 +52,8 @@ class Job:
 
 def disk_bytes() -> int:
     """Bytes that this process has had read from the disk so far: the page cache does not count."""
-    return int(psutil.Process().io_counters().read_bytes)
+    counted = Path("/proc/self/io").read_text()
+    return int(next(line.split()[1] for line in counted.splitlines() if line.startswith("read_bytes:")))
 
 
 def peak_rss() -> int:
