@@ -1,4 +1,4 @@
-"""Time tokens of an offloaded model whose routing is a recorded one.
+"""Time tokens of an offloaded model in steps of the engine that serves; routing is a recorded one.
 
     python -m offload_bench.ours JOB RESULT
 
@@ -19,11 +19,12 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from moe_prism import set_budget
 from moe_prism.elastic.budgets import elastic_layers
 from moe_prism.elastic.cpu_selection import select
+from moe_prism.engine.attention import Span
+from moe_prism.engine.runner import PROBE, Runner
 from moe_prism.offload import load_offloaded, set_deadline, set_stored
 from moe_prism.offload.load import manager_of
 from moe_prism.offload.manager import Manager
@@ -142,31 +143,33 @@ def measure(job: Job) -> dict[str, Any]:
         shadow=job.shadow,
         verify=False,
     )
-    set_budget(model, job.k_active)
     if job.k_stored is not None:
         set_stored(model, job.k_stored)
     manager, position = manager_of(model), replay(model, routing)
+    runner = Runner(model, max(job.tokens + 2, PROBE))
     shadow = layers_of(model)[0].shadow
+    managers = [manager] if shadow is None else [manager, shadow.manager]
+    while any(each.cache.loading(block) for each in managers for block in list(each.cache.place)):
+        time.sleep(0.1)  # the runner has tried itself out
     begin = time.perf_counter()
-    fill([manager] if shadow is None else [manager, shadow.manager], model, routing, job)
+    fill(managers, model, routing, job)
     # With a deadline, the cache begins as the same budget without one leaves it.
     pace = set_deadline(model, **job.options) if job.options else None
     filled = time.perf_counter() - begin
     raw = [manager.tier.bandwidth(job.readers, RAW_BLOCKS, 0)]
-    cache, milliseconds, memory = DynamicCache(config=model.config), [], []
-    ids = torch.from_numpy(np.random.default_rng(0).integers(0, model.config.vocab_size, job.tokens + 2))
-    with torch.inference_mode():
-        for number in itertools.count(-2):  # two tokens are not timed: kernels are loaded in them
-            if number == 0:
-                before, disk = manager.statistics.since(type(manager.statistics)()), disk_bytes()
-            if number == job.tokens:
-                break
-            position.token = (job.warmup + number + 2) % routing.index.shape[1]
-            if number % 100 == 0:
-                memory.append(psutil.Process().memory_info().rss / 1e9)
-            begin = time.perf_counter()
-            model(ids[None, number + 2 : number + 3], past_key_values=cache, use_cache=True).logits.argmax(dim=-1)
-            milliseconds.append(1000 * (time.perf_counter() - begin))
+    milliseconds, memory = [], []
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, job.tokens + 2)
+    for number in itertools.count(-2):  # two tokens are not timed: kernels are loaded in them
+        if number == 0:
+            before, disk = manager.statistics.since(type(manager.statistics)()), disk_bytes()
+        if number == job.tokens:
+            break
+        position.token = (job.warmup + number + 2) % routing.index.shape[1]
+        if number % 100 == 0:
+            memory.append(psutil.Process().memory_info().rss / 1e9)
+        begin, place = time.perf_counter(), number + 2
+        runner.forward(ids[place : place + 1], [Span(0, 1, 0, place)], [job.k_active], [0]).argmax(dim=-1)
+        milliseconds.append(1000 * (time.perf_counter() - begin))
     counted, read = manager.statistics.since(before), disk_bytes() - disk
     raw.append(manager.tier.bandwidth(job.readers, RAW_BLOCKS, 1))
     timed = milliseconds[2:]
