@@ -5,7 +5,7 @@ Names that vLLM has too mean the same here, with the prefix ``moe_prism:``. Know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from ..scheduling import Request
 from ..scheduling.quality import budget_buckets
+from .token_counts import TokenCounter, TokenHistogram
 
 if TYPE_CHECKING:
     from ..offload import Statistics
@@ -85,20 +86,27 @@ class Metrics:
         self._waiting = self._make(Gauge, "num_requests_waiting", "Requests that wait for admission.")
         self._cache = self._make(Gauge, "kv_cache_usage_perc", "Share of the key and value cache in use, 0 to 1.")
         self._prompt = self._make(Counter, "prompt_tokens", "Prompt tokens of accepted requests.")
-        self._generated = self._make(Counter, "generation_tokens", "Generated tokens.")
+        self._generated = TokenCounter(PREFIX + "generation_tokens", "Generated tokens.", model)
         self._violations = self._make(Counter, "floor_violations", "Tokens run below their request's floor; stays 0.")
         self._failures = self._make(Counter, "failed_steps", "Engine steps in which a request failed.")
         self._rejected = self._make(Counter, "rejected_requests", "Requests answered 429 or 503.")
         self._ttft = self._histogram("time_to_first_token_seconds", "Time from arrival to the first token.")
-        self._gap = self._histogram("inter_token_latency_seconds", "Time between two tokens of a request.")
+        self._gap = TokenHistogram(
+            PREFIX + "inter_token_latency_seconds", "Time between two tokens of a request.", model, _SECONDS
+        )
         self._tpot = self._histogram(
             "request_time_per_output_token_seconds", "Mean time per token after the first, of finished requests."
         )
         self._e2e = self._histogram("e2e_request_latency_seconds", "Time from arrival to the last token.")
         self._queue = self._histogram("request_queue_time_seconds", "Time from arrival to admission.")
-        self._budgets = self._histogram(
-            "token_k_active", "Budgets of generated tokens, in sub-experts.", budget_buckets(full_budget)
+        self._budgets = TokenHistogram(
+            PREFIX + "token_k_active",
+            "Budgets of generated tokens, in sub-experts.",
+            model,
+            budget_buckets(full_budget),
         )
+        for counts in (self._generated, self._gap, self._budgets):
+            self._registry.register(counts)
         labels = ("model_name",)
         self._success = Counter(
             f"{PREFIX}request_success", "Requests that ended.", (*labels, "finished_reason"), registry=self._registry
@@ -119,8 +127,8 @@ class Metrics:
         made = kind(PREFIX + name, text, ("model_name",), registry=self._registry, **options)
         return made.labels(self._model)
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float] = _SECONDS) -> Any:
-        return self._make(Histogram, name, text, buckets=buckets)
+    def _histogram(self, name: str, text: str) -> Any:
+        return self._make(Histogram, name, text, buckets=_SECONDS)
 
     def watch(self, running: Callable[[], float], waiting: Callable[[], float], cache: Callable[[], float]) -> None:
         """Where the gauges are read from, at every scrape."""
@@ -158,7 +166,7 @@ class Metrics:
         track.last = now
         track.tokens += 1
         track.work += budget
-        self._generated.inc()
+        self._generated.count += 1
         self._budgets.observe(budget)
         if budget < track.request.k_min:
             self._violations.inc()
