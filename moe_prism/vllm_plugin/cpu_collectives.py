@@ -68,7 +68,7 @@ def scatter_sums(tensor: Tensor, sizes: list[int], rank: int, group: Any) -> Ten
     own = sizes[rank]
     received = sent.new_empty(len(sizes) * own, sent.shape[1])
     dist.all_to_all_single(received, sent, [own] * len(sizes), sizes, group=group)
-    parts = _values(received, tensor).unflatten(0, (len(sizes), own))
+    parts: Tensor = _values(received, tensor).unflatten(0, (len(sizes), own))
     return parts.float().sum(dim=0).to(tensor.dtype)
 
 

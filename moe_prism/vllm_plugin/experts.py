@@ -75,7 +75,10 @@ class ElasticMethod(UnquantizedFusedMoEMethod):
     Attributes:
         name: of the layer in the checkpoint.
         scale: what vLLM multiplies the layer's output by afterwards.
+        moe_kernel: vLLM's own, for full budget, where it keeps the weights.
     """
+
+    moe_kernel: Any
 
     def __init__(self, moe: Any, shared: Shared, name: str, tensors: dict[str, Tensor], scale: float) -> None:
         super().__init__(moe)

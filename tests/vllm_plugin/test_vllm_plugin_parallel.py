@@ -88,11 +88,14 @@ def test_two_data_parallel_ranks_give_each_request_what_it_gets_alone(recipe: st
     agrees(path, rounds, **ELASTIC)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])  # renormalised weights; shared experts
-def test_other_families_are_data_parallel_too(family: str, tmp_path: Path) -> None:
-    path = made(tmp_path, family, compensation_budgets=2, recalibration="scale")
+def test_shared_experts_stay_with_their_tokens(tmp_path: Path) -> None:
+    path = made(tmp_path, "qwen2_moe", compensation_budgets=2, recalibration="scale")
     full = Reference(path).model.config.num_experts_per_tok * 4
     agrees(path, [[ask._replace(k_active=min(ask.k_active, full)) for ask in MIXED]], **ELASTIC)
+
+
+def test_compiled_graphs_exchange_the_same(tmp_path: Path) -> None:
+    agrees(made(tmp_path), [MIXED, ALONE[:1], FULL], enforce_eager=False, **ELASTIC)
 
 
 def test_data_and_expert_parallel_ranks_give_the_same(tmp_path: Path) -> None:
@@ -100,7 +103,7 @@ def test_data_and_expert_parallel_ranks_give_the_same(tmp_path: Path) -> None:
     agrees(path, [MIXED, ALONE[:1], FULL], enable_expert_parallel=True, **ELASTIC)
 
 
-@pytest.mark.parametrize("recalibration", ["mean", "scale", "renormalise"])
+@pytest.mark.parametrize("recalibration", ["scale", "renormalise"])
 def test_two_expert_parallel_processes_give_the_same(recalibration: str, tmp_path: Path) -> None:
     fitted = 0 if recalibration == "renormalise" else 3
     path = made(tmp_path, recalibration=recalibration, compensation_budgets=fitted)
