@@ -99,7 +99,8 @@ def test_compiled_graphs_exchange_the_same(tmp_path: Path) -> None:
 
 
 def test_data_and_expert_parallel_ranks_give_the_same(tmp_path: Path) -> None:
-    path = made(tmp_path, gate="linear", compensation_budgets=3)
+    options = {"weighted": False, "reweights": True}
+    path = made(tmp_path, gate="linear", gate_options=options, compensation_budgets=3)
     agrees(path, [MIXED, ALONE[:1], FULL], enable_expert_parallel=True, **ELASTIC)
 
 
