@@ -47,6 +47,7 @@ def one_process(rank: int, meeting: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_ranks_of_different_sizes_meet_and_part(tmp_path: Path) -> None:
     mp.spawn(one_process, args=(str(tmp_path / "meeting"),), nprocs=len(SIZES))
 
