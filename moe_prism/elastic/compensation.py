@@ -25,7 +25,7 @@ def interpolation(fitted: Sequence[int], full_budget: int) -> Tensor:
     Linear between neighbours and towards zero at full budget; below the lowest fitted budget its own are used.
     """
     knots = [*fitted, full_budget]
-    rows = torch.zeros(full_budget + 1, len(fitted) + 1)
+    rows = torch.zeros(full_budget + 1, len(fitted) + 1, dtype=torch.float32)  # vLLM loads models with another default
     for k in range(full_budget + 1):
         above = next(i for i, knot in enumerate(knots) if knot >= max(k, knots[0]))
         part = 0.0 if above == 0 else (knots[above] - k) / (knots[above] - knots[above - 1])

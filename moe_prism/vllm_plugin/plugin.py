@@ -20,6 +20,7 @@ MODELS = {
     "Qwen3MoeForCausalLM": f"{_FAMILIES}.qwen3_moe:ElasticQwen3Moe",
     "DeepseekV2ForCausalLM": f"{_FAMILIES}.deepseek:ElasticDeepseekV2",
     "DeepseekV3ForCausalLM": f"{_FAMILIES}.deepseek:ElasticDeepseekV3",
+    "GptOssForCausalLM": f"{_FAMILIES}.gpt_oss:ElasticGptOss",
 }
 
 

@@ -124,21 +124,41 @@ def _refuse(vllm_config: Any, elastic: ElasticConfig) -> None:
         ("LoRA adapters", vllm_config.lora_config is not None, "--enable-lora"),
         ("transfers of keys and values", vllm_config.kv_transfer_config is not None, "--kv-transfer-config"),
         ("quantised experts", vllm_config.quant_config is not None, "--quantization"),
-        ("expert parallelism", parallel.enable_expert_parallel, "--enable-expert-parallel"),
-        ("data parallelism inside a server", parallel.data_parallel_size > 1, "--data-parallel-size; start several"),
         ("context parallelism", parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size"),
+        ("replicas of experts", parallel.enable_eplb, "--enable-eplb"),
+        ("two microbatches at a time", parallel.enable_dbo, "--enable-dbo"),
+        ("all three kinds of parallelism at once", parallel.use_sequence_parallel_moe, "--enable-expert-parallel"),
+        ("this exchange of tokens", _exchanges_otherwise(parallel), f"--all2all-backend {parallel.all2all_backend}"),
     ):
         if asked:
             raise UnsupportedModelError(f"budgets do not work with {what} yet: leave out {option}")
     if vllm_config.device_config.device_type != "cpu" and not vllm_config.model_config.enforce_eager:
         raise UnsupportedModelError("budgets do not work with captured GPU graphs yet: add --enforce-eager")
-    ranks = parallel.tensor_parallel_size
-    if ranks > 1:
-        _refuse_split(elastic, ranks)
+    processes = parallel.tensor_parallel_size * parallel.data_parallel_size
+    if processes > 1:
+        _refuse_split(elastic, processes, neuron_ranks(parallel))
 
 
-def _refuse_split(elastic: ElasticConfig, ranks: int) -> None:
-    """Raise UnsupportedModelError for a checkpoint whose selection needs all of an expert's neurons in one process."""
+def neuron_ranks(parallel: Any) -> int:
+    """Over how many processes vLLM spreads the neurons of an expert; it has no tensor parallelism beside experts'."""
+    if parallel.enable_expert_parallel:
+        return 1
+    return int(parallel.tensor_parallel_size * parallel.data_parallel_size)
+
+
+def _exchanges_otherwise(parallel: Any) -> bool:
+    """Whether data-parallel ranks exchange tokens in ways in which budgets cannot come along."""
+    return bool(parallel.data_parallel_size > 1 and parallel.all2all_backend != "allgather_reducescatter")
+
+
+def _refuse_split(elastic: ElasticConfig, processes: int, ranks: int) -> None:
+    """Raise UnsupportedModelError for a checkpoint whose selection needs a token's experts whole in one process.
+
+    Args:
+        elastic: the checkpoint.
+        processes: that the experts are spread over.
+        ranks: that each expert's neurons are spread over.
+    """
     from ..gates import GATES  # imports torch
 
     if elastic.scan is not None or elastic.ladder is not None:
@@ -150,8 +170,8 @@ def _refuse_split(elastic: ElasticConfig, ranks: int) -> None:
     else:
         return
     raise UnsupportedModelError(
-        f"this checkpoint cannot be split over {ranks} processes: {what}. Use --tensor-parallel-size 1, or "
-        "refactor with gate: static or linear and neurons: all"
+        f"this checkpoint cannot be split over {processes} processes: {what}. Use --tensor-parallel-size 1 and "
+        "--data-parallel-size 1, or refactor with gate: static or linear and neurons: all"
     )
 
 

@@ -47,6 +47,39 @@ class StackedExperts(nn.Module):
         return applied
 
 
+class GptOssExperts(StackedExperts):
+    """GPT-OSS's: clamped activations, biases, gate and up interleaved, and transformers' layout of the weights.
+
+    Args:
+        gate_up: ``[E, 2C, H]``, as vLLM has them: gate 0, up 0, gate 1, ...
+        down: ``[E, H, C]``.
+        gate_up_bias: ``[E, 2C]``.
+        down_bias: ``[E, H]``.
+
+    Attributes:
+        alpha: of the activation, which vLLM's kernels have fixed as well.
+        limit: where it is clamped; the same.
+    """
+
+    is_transposed = True
+    is_concatenated = False
+    has_bias = True
+    alpha = 1.702
+    limit = 7.0
+
+    def __init__(self, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor, down_bias: Tensor) -> None:
+        # rows stay contiguous as packing would have them: vLLM's gate and up rows are, those of down are turned
+        super().__init__(gate_up.clone().transpose(1, 2), down.transpose(1, 2).contiguous())
+        self.gate_up_proj_bias = nn.Parameter(gate_up_bias.clone(), requires_grad=False)
+        self.down_proj_bias = nn.Parameter(down_bias.clone(), requires_grad=False)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate = gate_up[..., ::2].clamp(max=self.limit)
+        up = gate_up[..., 1::2].clamp(min=-self.limit, max=self.limit)
+        applied: Tensor = (up + 1) * gate * torch.sigmoid(gate * self.alpha)
+        return applied
+
+
 def split_sub_experts(weight: Tensor, n: int, ranks: int, dim: int) -> Tensor:
     """Reorder an expert's neurons so that every tensor-parallel rank gets an equal part of every sub-expert.
 

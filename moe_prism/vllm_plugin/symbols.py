@@ -32,6 +32,7 @@ class Symbol(NamedTuple):
 
 
 _MOE = "vllm.model_executor.layers.fused_moe"
+_COMMUNICATORS = "vllm.distributed.device_communicators"
 SYMBOLS = (
     Symbol("vllm:ModelRegistry"),
     Symbol(f"{_MOE}.runner.moe_runner:MoERunner.__init__", ("layer_name", "router", "routed_experts")),
@@ -44,6 +45,35 @@ SYMBOLS = (
     ),
     Symbol(f"{_MOE}.unquantized_fused_moe_method:UnquantizedFusedMoEMethod.process_weights_after_loading", ("layer",)),
     Symbol(f"{_MOE}.activation:MoEActivation.SILU"),
+    Symbol(f"{_MOE}.activation:MoEActivation.SWIGLUOAI"),
+    Symbol(f"{_MOE}.fused_moe_method_base:FusedMoEMethodBase.supports_internal_mk"),
+    Symbol(f"{_MOE}.routed_experts:RoutedExperts.expert_map"),
+    Symbol(f"{_MOE}.modular_kernel:FusedMoEKernel.__init__", ("prepare_finalize", "fused_experts")),
+    Symbol(f"{_MOE}.prepare_finalize:make_moe_prepare_and_finalize_no_dp_ep", ("use_monolithic",)),
+    Symbol(
+        f"{_MOE}.config:FusedMoEParallelConfig",
+        fields=("tp_size", "tp_rank", "dp_size", "ep_size", "ep_rank", "use_ep"),
+    ),
+    Symbol(
+        "vllm.config:ParallelConfig",
+        fields=("enable_expert_parallel", "data_parallel_size", "all2all_backend", "enable_eplb", "enable_dbo"),
+    ),
+    Symbol("vllm.config:ParallelConfig.use_sequence_parallel_moe"),
+    Symbol("vllm.forward_context:get_forward_context"),
+    Symbol("vllm.forward_context:ForwardContext", fields=("dp_metadata", "additional_kwargs")),
+    Symbol("vllm.forward_context:DPMetadata", fields=("local_sizes",)),
+    Symbol("vllm.forward_context:DPMetadata.sp_local_sizes", ("sequence_parallel_size",)),
+    Symbol("vllm.distributed:get_ep_group"),
+    Symbol(
+        "vllm.distributed.parallel_state:GroupCoordinator.dispatch",
+        ("hidden_states", "topk_weights", "topk_ids", "extra_tensors"),
+    ),
+    Symbol("vllm.distributed.parallel_state:GroupCoordinator.combine", ("hidden_states",)),
+    Symbol(f"{_COMMUNICATORS}.cpu_communicator:CpuCommunicator"),
+    Symbol(f"{_COMMUNICATORS}.base_device_communicator:DeviceCommunicatorBase.all_gatherv", ("input_", "dim", "sizes")),
+    Symbol(
+        f"{_COMMUNICATORS}.base_device_communicator:DeviceCommunicatorBase.reduce_scatterv", ("input_", "dim", "sizes")
+    ),
     Symbol("vllm._custom_ops:cpu_fused_moe", ("out", "input", "w13", "w2", "topk_weights", "topk_ids", "act", "isa")),
     Symbol("vllm._custom_ops:cpu_prepack_moe_weight", ("weight", "isa")),
     Symbol(f"{_MOE}.experts.cpu_moe:CPUUnquantizedExperts.isa"),
@@ -62,7 +92,8 @@ SYMBOLS = (
     Symbol("vllm.v1.metrics.stats:SchedulerStats", fields=("running_lora_adapters",)),
     Symbol("vllm.v1.metrics.loggers:StatLoggerBase.record", ("scheduler_stats", "engine_idx")),
     Symbol("vllm.v1.worker.gpu_worker:Worker.load_model"),
-    Symbol("vllm.v1.worker.gpu_worker:Worker.execute_model", ("scheduler_output",)),
+    Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model", ("scheduler_output",)),
+    Symbol("vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model", ("scheduler_output", "dummy_run")),
     Symbol("vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward", ("input_ids", "inputs_embeds")),
     Symbol("vllm.v1.worker.gpu.model_states.interface:ModelState.prepare_inputs", ("input_batch",)),
     Symbol("vllm.v1.engine.input_processor:InputProcessor.__init__", ("vllm_config",)),

@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 
 from ..errors import PrismError
 from . import symbols
-from .experts import dial_of_model
+from .experts import dial_of_model, exchange_of_model
 from .runners import watch
 from .setup import BUDGETS, SCHEDULER
 
@@ -29,20 +29,20 @@ class ElasticWorker(Base):
     """The platform's worker, CPU or GPU."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load, then stand before the runner's forward passes."""
+        """Load, then stand before the runner's steps and forward passes."""
         super().load_model(*args, **kwargs)
+        model = self.model_runner.get_model()
         self._step: Any = None
-        self._dial = dial_of_model(self.model_runner.get_model())
-        watch(self.model_runner, self.use_v2_model_runner, self._fill)
+        self._full = dial_of_model(model).full_budget
+        self._exchange = exchange_of_model(model)
+        self._budgets: Any = self._exchange or dial_of_model(model)
+        watch(self.model_runner, self.use_v2_model_runner, self._begin, self._fill)
 
-    def execute_model(self, scheduler_output: Any) -> Any:
-        """Remember whose step this is; dummy runs have none."""
+    def _begin(self, scheduler_output: Any) -> None:
+        """Remember whose step this is; dummy steps are nobody's."""
         self._step = scheduler_output
-        try:
-            return super().execute_model(scheduler_output)
-        finally:
-            self._step = None
-            self._dial.fill(None)
+        if scheduler_output is None:
+            self._budgets.fill(None)
 
     def _fill(self, order: Sequence[str], tokens: int) -> None:
         if self._step is None:
@@ -50,10 +50,9 @@ class ElasticWorker(Base):
         budgets = getattr(self._step, BUDGETS, None)
         if budgets is None:
             raise PrismError(f"the step has no budgets; start with --scheduler-cls {SCHEDULER}")
-        full = self._dial.full_budget
-        if all(budgets[id] == full for id in order):
-            self._dial.fill(None)
+        if self._exchange is None and all(budgets[id] == self._full for id in order):
+            self._budgets.fill(None)
             return
         counts = torch.tensor([self._step.num_scheduled_tokens[id] for id in order])
         each = torch.tensor([budgets[id] for id in order]).repeat_interleave(counts)
-        self._dial.fill(torch.nn.functional.pad(each, (0, tokens - len(each)), value=1))
+        self._budgets.fill(torch.nn.functional.pad(each, (0, tokens - len(each)), value=1))

@@ -57,6 +57,19 @@ def test_interpolation_is_linear_and_ends_at_zero() -> None:
     assert shares.tolist()[1:] == [[1, 0], [1, 0], [0.75, 0.25], [0.5, 0.5], [0.25, 0.75], [0, 1], [0, 0.5], [0, 0]]
 
 
+def test_vectors_are_fp32_whatever_dtype_a_model_is_loaded_in() -> None:
+    expected = Compensation(torch.ones(2, 5, 3), [2, 6], 9).shares
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it loads one
+    try:
+        found = Compensation(torch.ones(2, 5, 3, dtype=torch.float32), [2, 6], 9)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.shares, expected)  # dtypes, too
+    out = torch.zeros(1, 3, dtype=torch.bfloat16)
+    index, weights = torch.tensor([[0, 4]]), torch.rand(1, 2)
+    found.apply(out, index, weights, torch.tensor([3]), Selection(*(torch.zeros(0).long(),) * 4))
+
+
 def test_compensation_adds_weighted_vectors_of_the_routed_experts() -> None:
     torch.manual_seed(0)
     vectors = torch.randn(2, 5, 3)

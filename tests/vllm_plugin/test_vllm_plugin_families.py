@@ -17,7 +17,7 @@ from moe_prism import set_budget
 from moe_prism.refactor.export import export_fine_grained
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
-OTHERS = ["mixtral", "qwen2_moe", "qwen3_moe"]
+OTHERS = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"]
 RECIPES: dict[str, dict[str, Any]] = {
     "proxy": {"gate": "proxy"},
     "linear": {"gate": "linear"},

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(tmp_path_factory.mktemp("http"))
 
 
-@pytest.fixture(scope="module")
-def address(checkpoint: Path) -> Iterator[str]:
-    config = checkpoint.parent / "vllm.yaml"
+@contextmanager
+def served(checkpoint: Path, config: Path, *more: str) -> Iterator[str]:
+    """The address of a server with budgets."""
     done = CliRunner().invoke(app, ["vllm-config", str(checkpoint), "--out", str(config)])
     assert done.exit_code == 0, done.output
     from vllm_bench.server import serving  # found by the path that vllm_live adds
@@ -37,7 +40,13 @@ def address(checkpoint: Path) -> Iterator[str]:
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "96"]
     options += ["--kv-cache-memory-bytes", str(1 << 24)]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    with serving(config, options, environment) as found:
+    with serving(config, [*options, *more], environment) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def address(checkpoint: Path) -> Iterator[str]:
+    with served(checkpoint, checkpoint.parent / "vllm.yaml") as found:
         yield found
 
 
@@ -77,6 +86,29 @@ def test_impossible_arguments_get_a_400(client: openai.OpenAI, xargs: dict[str, 
         ask(client, **xargs)
     assert words in str(caught.value)
     assert ask(client, k_active=9).kv_transfer_params["moe_prism"]["mean_k_active"] == 9  # the engine lives
+
+
+@pytest.mark.long
+def test_two_data_parallel_ranks_in_one_server(checkpoint: Path, tmp_path: Path) -> None:
+    reference = Reference(checkpoint)
+    with served(checkpoint, tmp_path / "vllm.yaml", "--data-parallel-size", "2") as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+
+        def one(number: int) -> Any:
+            rank, k_active = divmod(number, 4)
+            header = {"X-data-parallel-rank": str(rank)}
+            return ask(client.with_options(default_headers=header), k_active=4 * k_active + 3)
+
+        with ThreadPoolExecutor(8) as pool:
+            replies = list(pool.map(one, range(8)))
+        for number, reply in enumerate(replies):
+            k_active = 4 * (number % 4) + 3
+            assert reply.choices[0].token_ids == reference.greedy(k_active)[0]
+            assert reply.kv_transfer_params["moe_prism"] == {"mean_k_active": k_active}
+        with urllib.request.urlopen(f"{address}/metrics") as answer:
+            text = answer.read().decode()
+    for rank in (0, 1):
+        assert re.search(rf'^moe_prism:token_k_active_count\{{engine="{rank}",.*\}} [1-9]', text, re.MULTILINE)
 
 
 def test_metrics_count_budgets_floors_and_degradations(client: openai.OpenAI, address: str) -> None:

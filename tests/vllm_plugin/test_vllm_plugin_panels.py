@@ -114,7 +114,14 @@ def test_full_budget_is_the_stock_engine_but_for_rounding(llm: Any, exact: Any, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("options", [{"enforce_eager": False}, {"tensor_parallel_size": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"enforce_eager": False},
+        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+    ],
+)
 def test_compiled_graphs_and_two_processes_give_the_same(options: dict[str, Any], tmp_path: Path) -> None:
     path = made(tmp_path, num_sub_experts=2, compensation_budgets=2)
     asked = [{"k_active": k} for k in (1, 5, 8)]

@@ -4,9 +4,11 @@ import torch
 from tiny import tiny_model
 
 from moe_prism.elastic.executors import EXECUTORS
+from moe_prism.elastic.fingerprint import fingerprint, matches
 from moe_prism.elastic.selection import Selection
 from moe_prism.experts import find_expert_layers
-from moe_prism.vllm_plugin.stacked import StackedExperts, split_sub_experts
+from moe_prism.experts.packing import packed_rows
+from moe_prism.vllm_plugin.stacked import GptOssExperts, StackedExperts, split_sub_experts
 
 
 def test_it_computes_what_the_layer_of_transformers_does() -> None:
@@ -16,6 +18,22 @@ def test_it_computes_what_the_layer_of_transformers_does() -> None:
     selection = Selection(*(torch.tensor(v) for v in ([2, 0, 1], [0, 0, 0], [1, 6, 30])), torch.rand(3))
     run = EXECUTORS.create("reference").run
     assert torch.equal(run(stacked, x, selection, 4), run(module, x, selection, 4))
+
+
+def test_gpt_oss_computes_what_the_layer_of_transformers_does() -> None:
+    module = find_expert_layers(tiny_model("gpt_oss"))[0].module
+    weights = module.gate_up_proj.detach(), module.down_proj.detach()
+    # vLLM turns the stored weights, and keeps gate and up interleaved
+    turned = (weight.transpose(1, 2).contiguous() for weight in weights)
+    stacked = GptOssExperts(*turned, module.gate_up_proj_bias.detach(), module.down_proj_bias.detach())
+    x = 9 * torch.randn(3, 32)  # so that gate and up are clamped
+    assert (x @ weights[0][1]).abs().max() > 2 * module.limit
+    selection = Selection(*(torch.tensor(v) for v in ([2, 0, 1], [0, 0, 0], [1, 6, 22])), torch.rand(3))
+    run = EXECUTORS.create("reference").run
+    torch.testing.assert_close(run(stacked, x, selection, 4), run(module, x, selection, 4), atol=1e-4, rtol=1e-5)
+    assert torch.equal(stacked.down_proj_bias, module.down_proj_bias)
+    assert matches(stacked, fingerprint(module))
+    assert packed_rows(stacked) is not None  # so that the fast kernels take it
 
 
 def test_parts_of_sub_experts_on_all_ranks_add_up_to_the_whole() -> None:

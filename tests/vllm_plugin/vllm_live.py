@@ -32,10 +32,18 @@ NEURONS: dict[str, dict[str, Any]] = {
     "mixtral": {"intermediate_size": 128, "num_local_experts": 6},
     "qwen2_moe": {"moe_intermediate_size": 128},
     "qwen3_moe": {"moe_intermediate_size": 128, "head_dim": 32},
+    "gpt_oss": {"intermediate_size": 128, "head_dim": 32},
     "deepseek_v2": {"moe_intermediate_size": 128, **_LATENT},
     "deepseek_v3": {"moe_intermediate_size": 128, "topk_method": "noaux_tc", "scoring_func": "sigmoid", **_LATENT},
 }
 PROMPT = [5, 17, 33, 8, 61, 90, 12, 44, 27, 3]
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 96,
+    "kv_cache_memory_bytes": 1 << 24,
+    "block_size": 32,
+}
 ELASTIC = {"worker_cls": WORKER, "scheduler_cls": SCHEDULER}
 
 
@@ -54,14 +62,7 @@ def engine(path: Path, **more: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    options = {
-        "dtype": "float32",
-        "enforce_eager": True,
-        "max_model_len": 96,
-        "kv_cache_memory_bytes": 1 << 24,
-        "block_size": 32,
-    }
-    llm = LLM(str(path), **{**options, **more})
+    llm = LLM(str(path), **{**OPTIONS, **more})
     try:
         yield llm
     finally:

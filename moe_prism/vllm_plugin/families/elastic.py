@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..experts import make_elastic
-from ..setup import Setup, setup_of
+from ..setup import Setup, neuron_ranks, setup_of
 from ..stacked import split_sub_experts
 
 _EXPERT = re.compile(r"\.experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
@@ -25,12 +25,12 @@ class ElasticModel(nn.Module):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._setup: Setup | None = setup_of(vllm_config)
-        self._ranks: int = vllm_config.parallel_config.tensor_parallel_size
+        self._ranks: int = neuron_ranks(vllm_config.parallel_config)
         if self._setup is not None:
             make_elastic(self, self._setup)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
-        """vLLM's, with the neurons of sub-experts spread over the tensor-parallel ranks."""
+        """vLLM's, with the neurons of sub-experts spread over the ranks that share experts."""
         if self._setup is not None and self._ranks > 1:
             weights = _spread(weights, self._setup.elastic.num_sub_experts, self._ranks)
         return super().load_weights(weights)  # type: ignore[misc]
