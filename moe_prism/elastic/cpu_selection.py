@@ -31,6 +31,16 @@ def select(scores: Tensor, weights: Tensor, index: Tensor, budgets: Tensor, weig
     return Selection(*map(torch.from_numpy, found))
 
 
+def best_candidates(scores: Tensor, weights: Tensor, budgets: Tensor, weighted: bool) -> Tensor:
+    """What ``select`` takes, as bool ``[T, k, N]``; its arguments."""
+    return torch.from_numpy(_best(scores.float().numpy(), weights.float().numpy(), budgets.numpy(), weighted))
+
+
+def gather_candidates(chosen: Tensor, index: Tensor, weights: Tensor) -> Selection:
+    """Any choice of candidates, bool ``[T, k, N]``, as a selection; the others as of ``select``."""
+    return Selection(*map(torch.from_numpy, _gather(chosen.numpy(), index.numpy(), weights.float().numpy())))
+
+
 def select_all(weights: Tensor, index: Tensor) -> Selection:
     """Full budget: every token's routed experts, as a selection with one sub-expert per expert.
 
@@ -42,18 +52,11 @@ def select_all(weights: Tensor, index: Tensor) -> Selection:
 
 
 @numba.njit(cache=True, nogil=True)
-def _select(scores: Any, weights: Any, index: Any, budgets: Any, weighted: bool) -> Any:
+def _best(scores: Any, weights: Any, budgets: Any, weighted: bool) -> Any:
     tokens, k, n = scores.shape
-    width = k * n
-    total = 0
-    for t in range(tokens):
-        total += min(budgets[t], width)
-    token = np.empty(total, np.int64)
-    slot = np.empty(total, np.int64)
-    sub_expert = np.empty(total, np.int64)
+    chosen = np.zeros((tokens, k, n), np.bool_)
     pooled = np.empty((k, n), np.float32)
     slots = np.arange(k)
-    count = 0
     for t in range(tokens):
         top = 0
         for s in range(1, k):
@@ -73,12 +76,34 @@ def _select(scores: Any, weights: Any, index: Any, budgets: Any, weighted: bool)
             for i in range(n):
                 equal = equals > 0 and pooled[s, i] == least
                 equals -= equal
-                if equal or pooled[s, i] > least:
-                    token[count] = t
-                    slot[count] = s
-                    sub_expert[count] = index[t, s] * n + i
+                chosen[t, s, i] = equal or pooled[s, i] > least
+    return chosen
+
+
+@numba.njit(cache=True, nogil=True)
+def _gather(chosen: Any, index: Any, weights: Any) -> Any:
+    tokens, k, n = chosen.shape
+    total = 0
+    for t in range(tokens):
+        for s in range(k):
+            for i in range(n):
+                total += chosen[t, s, i]
+    token = np.empty(total, np.int64)
+    slot = np.empty(total, np.int64)
+    sub_expert = np.empty(total, np.int64)
+    count = 0
+    for t in range(tokens):
+        for s in range(k):
+            for i in range(n):
+                if chosen[t, s, i]:
+                    token[count], slot[count], sub_expert[count] = t, s, index[t, s] * n + i
                     count += 1
     return _sorted(token, slot, sub_expert, weights)
+
+
+@numba.njit(cache=True, nogil=True)
+def _select(scores: Any, weights: Any, index: Any, budgets: Any, weighted: bool) -> Any:
+    return _gather(_best(scores, weights, budgets, weighted), index, weights)
 
 
 @numba.njit(cache=True, nogil=True)

@@ -20,7 +20,7 @@ from ..experts.shadow import Shadow
 from ..gates import Gate
 from .batch_selection import choose
 from .compensation import Recalibration
-from .cpu_selection import select, select_all
+from .cpu_selection import best_candidates, gather_candidates, select, select_all
 from .dial import Dial, Limiter, StepBudgets
 from .executors import NeuronRule, choose_executor
 from .executors.choice import What
@@ -28,8 +28,6 @@ from .folding import folded
 from .ladder import LadderPlan, run_ladder
 from .selection import (
     Selection,
-    best,
-    first_candidates,
     gather_selection,
     pooled_scores,
     softmax_weights,
@@ -220,12 +218,14 @@ def _limited(
     floor = dial.of_layer(torch.full((len(index),), limiter.floor), state.number)
     floor = floor if dial.plan is None else dial.plan.scan[floor]
     pooled = pooled_scores(scores, weights, state.gate.weighted)
-    first = first_candidates(pooled, weights)
-    chosen = best(pooled, first, budgets)
-    kept = limiter.limit(state.number, pooled, chosen, best(pooled, first, floor.minimum(budgets)), index)
+    chosen, sure = (
+        best_candidates(scores.detach(), weights.detach(), k, state.gate.weighted)
+        for k in (budgets, floor.minimum(budgets))
+    )
+    kept = limiter.limit(state.number, pooled, chosen, sure, index)
     # Where neurons are skipped, the number of sub-experts looked at is not the budget that is paid.
     ran = kept.sum(dim=(1, 2)) if look is step else step.k_active
-    selection = gather_selection(kept, index, weights.float())
+    selection = gather_candidates(kept, index, weights.detach())
     return Selection(*(values.to(device) for values in selection)), StepBudgets(ran.to(device))
 
 

@@ -134,6 +134,7 @@ class Layers:
         self._embed: Any = base.embed_tokens
         self._head: Any = model.get_output_embeddings()
         self._layers, self._norm, self.memory = layers, norm, memory
+        self._pools = [tuple(as_rows(p).reshape(p.shape) for p in memory.layers[layer.number]) for layer in layers]
         self._without_experts = False
         self._no_router = Router.none(len(norm.weight))
         like = torch.empty(1, 0, dtype=torch.bfloat16)
@@ -185,19 +186,21 @@ class Layers:
         embedded = self._embed(tokens)
         hidden = as_rows(embedded)
         delta = np.zeros_like(hidden)
-        for layer in self._layers:
-            pools = memory.layers[layer.number]
-            keys, values = (as_rows(pool).reshape(pool.shape) for pool in pools)
-            start, length = (np.ascontiguousarray(seen) for seen in memory.seen(layer.window))
+        seen = {
+            window: tuple(map(np.ascontiguousarray, memory.seen(window)))
+            for window in {layer.window for layer in self._layers}
+        }
+        pieces = memory.spans[memory.decoding :]
+        for layer, pools in zip(self._layers, self._pools, strict=True):
             hidden, query, attended = before_attention(
                 hidden, delta, *layer.first, *layer.projections, *layer.norms, *self._angles, where,
-                keys, values, places, start, length, layer.scale,
+                *pools, places, *seen[layer.window], layer.scale,
             )  # fmt: skip
-            if len(length) < len(memory.spans):
-                heads = from_rows(query, embedded).view(len(query), -1, pools[0].shape[2]).transpose(0, 1)
+            if pieces:
+                keys, values = memory.layers[layer.number]
+                heads = from_rows(query, embedded).view(len(query), -1, keys.shape[2]).transpose(0, 1)
                 out = from_rows(attended, embedded).view(len(query), heads.shape[0], -1)
-                pieces = memory.spans[len(length) :]
-                attend_spans(pieces, heads[None], *pools, out, float(layer.scale), layer.window)
+                attend_spans(pieces, heads[None], keys, values, out, float(layer.scale), layer.window)
             router = self._no_router if layer.routed is None else layer.routed.router
             hidden, x, index, weights = after_attention(hidden, attended, *layer.output, *layer.second, *router)
             delta = as_rows(self._mlp(layer, from_rows(x, embedded), index, weights))

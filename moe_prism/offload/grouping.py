@@ -45,3 +45,22 @@ def pairs_of(batch: Array, starts: Array) -> Any:
         for j in range(bounds[i], bounds[i + 1]):
             at[j] = starts[batch[i, 0]] + j - bounds[i]
     return at, bounds, batch[:, 1].copy()
+
+
+@serial
+def split_pairs(token: Array, slot: Array, sub_expert: Array, weight: Array, low: Array) -> Any:
+    """The pairs outside of ``low``, bool ``[T, k, N]``, and those in it: token, slot, sub-expert and weight of each."""
+    n, count = low.shape[2], 0
+    for pair in range(len(token)):
+        count += low[token[pair], slot[pair], sub_expert[pair] % n]
+    which = np.empty(len(token), np.int64)
+    inside, outside = len(token) - count, 0
+    for pair in range(len(token)):
+        if low[token[pair], slot[pair], sub_expert[pair] % n]:
+            which[inside] = pair
+            inside += 1
+        else:
+            which[outside] = pair
+            outside += 1
+    a, b = which[:outside], which[outside:]
+    return (token[a], slot[a], sub_expert[a], weight[a]), (token[b], slot[b], sub_expert[b], weight[b])

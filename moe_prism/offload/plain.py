@@ -17,6 +17,7 @@ from torch import Tensor
 from ..elastic.kernels import add_pairs, digit_blocks, gated_blocks
 from ..elastic.selection import Selection
 from ..experts.shadow import Planes, from_planes
+from .grouping import split_pairs
 from .manager import Ready
 from .parts import LayerBlocks, Part, parts_of, read_ahead
 
@@ -32,10 +33,8 @@ def run_plain(blocks: LayerBlocks, x: Tensor, selection: Selection) -> Tensor:
     out = torch.zeros(2, *x.shape)  # added up at last, so that the sum does not depend on which came first
     tokens = x.float().contiguous()
     if low is not None and blocks.shadow is not None:
-        n = blocks.num_sub_experts
-        mine = low[selection.token, selection.slot, selection.sub_expert % n]
-        rest = Selection(*(values[~mine] for values in selection))
-        theirs = Selection(*(values[mine] for values in selection))
+        pairs = (values.numpy() for values in selection._replace(weight=selection.weight.float()))
+        rest, theirs = (Selection(*map(torch.from_numpy, some)) for some in split_pairs(*pairs, low.numpy()))
         works.append(_outputs(blocks.shadow, tokens, theirs, out[1], _compute_digits))
     ahead = partial(read_ahead, blocks, x, len(rest.token), len(selection.token))
     works.append(_outputs(blocks, tokens, rest, out[0], _compute_stored, ahead))
