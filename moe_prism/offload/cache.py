@@ -100,7 +100,9 @@ class BlockCache:
             candidates = others if ahead or len(others) else candidates
         if not len(candidates):
             return None
-        order = np.argsort(self.rule.keep(candidates), kind="stable")[: self.rule.at_once]
+        worth, count = self.rule.keep(candidates), self.rule.at_once
+        least = np.argpartition(worth, count)[:count] if len(worth) > count else np.arange(len(worth))
+        order = least[np.argsort(worth[least], kind="stable")]
         self._next = candidates[order[::-1]].tolist()
         return self._next.pop()
 

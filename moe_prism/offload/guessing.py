@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-# What the latest step, or guess, counts in the estimates.
+# What the latest step counts in the estimate.
 _NEWEST = 0.005
+# How fast the estimate of a guess's time rises: the least of late is its own, the rest is what came in between. The
+# first one loads its code, and must not be the last.
+_RISE = 1.02
+# Steps, one of which guesses whatever it seems to be worth, or nothing would be learned any more.
+_PROBE = 97
 # Waiting of a step, in costs of a guess, from which on guesses are made: they hide about half of it, and reading what
 # was guessed takes about as long again (docs/log.md).
 _RATIO = 2.0
@@ -21,23 +26,25 @@ class Guessing:
 
     Attributes:
         waited: seconds of a step, of late; unknown before the first.
-        costs: seconds of a guess, of late; 0 before the first.
+        costs: seconds of a guess, the least of late; 0 before the first.
     """
 
     waited: float | None = None
     costs: float = 0.0
     _stalled: float = field(default=0.0, init=False, repr=False)
+    _steps: int = field(default=0, init=False, repr=False)
 
     @property
     def worth(self) -> bool:
         """Whether to guess now."""
-        return self.waited is None or self.waited >= _RATIO * self.costs
+        return self.waited is None or self.waited >= _RATIO * self.costs or self._steps % _PROBE == 0
 
     def step(self, stalled: float) -> None:
         """A step begins; steps have waited for so many seconds in all."""
+        self._steps += 1
         waited, self._stalled = stalled - self._stalled, stalled
         self.waited = waited if self.waited is None else self.waited + _NEWEST * (waited - self.waited)
 
     def cost(self, seconds: float) -> None:
         """A guess took so long."""
-        self.costs = seconds if not self.costs else self.costs + _NEWEST * (seconds - self.costs)
+        self.costs = seconds if not self.costs else min(seconds, _RISE * self.costs)

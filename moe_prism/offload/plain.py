@@ -84,7 +84,8 @@ def _compute_stored(part: Part, batch: list[Ready], tokens: Tensor, outputs: Ten
 def _compute_digits(part: Part, batch: list[Ready], tokens: Tensor, outputs: Tensor) -> None:
     rows, layout = part.blocks.manager.tier.rows(), part.blocks.manager.layout
     at, starts, slot = part.places(batch)
-    many = np.diff(starts) >= _UNPACK_FROM
+    counts = starts[1:] - starts[:-1]
+    many = counts >= _UNPACK_FROM
     for group in np.flatnonzero(many).tolist():
         pairs = torch.from_numpy(at[starts[group] : starts[group + 1]])
         block = torch.from_numpy(rows[slot[group]][: layout.rows * layout.row_bytes]).view(layout.rows, -1)
@@ -93,9 +94,11 @@ def _compute_digits(part: Part, batch: list[Ready], tokens: Tensor, outputs: Ten
         gate, up, down = from_planes(Planes(digits, digits, scale), 4).chunk(3)
         x, weight = tokens[part.pairs.token[pairs]], part.pairs.weight[pairs].float()
         outputs[pairs] = (torch.nn.functional.silu(x @ gate.t()) * (x @ up.t()) * weight[:, None]) @ down
-    few = np.repeat(~many, np.diff(starts))
-    if few.any():
+    mine = np.repeat(slot, counts)
+    if many.any():
+        few = np.repeat(~many, counts)
+        at, mine = at[few], mine[few]
+    if len(at):
         token, weights = part.pairs.token.numpy(), part.pairs.weight.float().numpy()
-        mine = np.repeat(slot, np.diff(starts))[few]
         scales = rows.view(np.uint16)
-        digit_blocks(rows, scales, tokens.numpy(), token, weights, at[few], mine, layout.neurons, outputs.numpy())
+        digit_blocks(rows, scales, tokens.numpy(), token, weights, at, mine, layout.neurons, outputs.numpy())
