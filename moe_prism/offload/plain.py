@@ -33,8 +33,9 @@ def run_plain(blocks: LayerBlocks, x: Tensor, selection: Selection) -> Tensor:
     out = torch.zeros(2, *x.shape)  # added up at last, so that the sum does not depend on which came first
     tokens = x.float().contiguous()
     if low is not None and blocks.shadow is not None:
-        pairs = (values.numpy() for values in selection._replace(weight=selection.weight.float()))
-        rest, theirs = (Selection(*map(torch.from_numpy, some)) for some in split_pairs(*pairs, low.numpy()))
+        token, slot, sub_expert = (values.numpy() for values in selection[:3])
+        both = split_pairs(token, slot, sub_expert, selection.weight.float().numpy(), low.numpy())
+        rest, theirs = (Selection(*map(torch.from_numpy, some)) for some in both)
         works.append(_outputs(blocks.shadow, tokens, theirs, out[1], _compute_digits))
     ahead = partial(read_ahead, blocks, x, len(rest.token), len(selection.token))
     works.append(_outputs(blocks, tokens, rest, out[0], _compute_stored, ahead))
