@@ -20,6 +20,8 @@ from moe_prism.engine.attention import Span
 from moe_prism.engine.layers import Layers
 from moe_prism.engine.routers import routed
 from moe_prism.engine.runner import PROBE, Runner
+from moe_prism.offload import load_offloaded, pack_checkpoint
+from moe_prism.offload.load import manager_of
 from moe_prism.refactor import make_elastic
 
 pytestmark = pytest.mark.skipif(
@@ -39,7 +41,11 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def made(family: str, folder: Path, **changes: Any) -> PreTrainedModel:
     stock = save_stock(folder / "stock", family, **SIZES | changes)
     make_elastic(stock, folder / "elastic", recipe())
-    return moe_prism.load_elastic(folder / "elastic", dtype=torch.bfloat16, verify=False)
+    return load(folder / "elastic")
+
+
+def load(elastic: Path) -> PreTrainedModel:
+    return moe_prism.load_elastic(elastic, dtype=torch.bfloat16, verify=False)
 
 
 @torch.inference_mode()
@@ -157,8 +163,24 @@ def test_families_of_another_kind(family: str, tmp_path: Path) -> None:
     sizes = SIZES | other.get(family, {})
     stock = save_stock(tmp_path / "stock", family, **sizes)
     make_elastic(stock, tmp_path / "elastic", recipe())
-    model = moe_prism.load_elastic(tmp_path / "elastic", dtype=torch.bfloat16, verify=False)
-    assert not Runner(model, 64).compiled
+    assert not Runner(load(tmp_path / "elastic"), 64).compiled
+
+
+def test_an_offloaded_model_runs_so_as_well(tmp_path: Path) -> None:
+    stock = save_stock(tmp_path / "stock", "olmoe", **SIZES)
+    make_elastic(stock, tmp_path / "elastic", recipe())
+    pack_checkpoint(tmp_path / "elastic", tmp_path / "packed")
+    own = load_offloaded(tmp_path / "packed", 4_000_000_000, dtype=torch.bfloat16, context=64, verify=False)
+    try:
+        offloaded, inside = Runner(own, 64), Runner(load(tmp_path / "elastic"), 64)
+        assert offloaded.compiled
+        tokens, spans = np.arange(9) * 7 % 90, [Span(0, 1, 30, 0), Span(1, 8, 0, 0)]
+        for k in (offloaded.dial.full_budget, 3):
+            found, expected = (runner.forward(tokens, spans, [k] * 2, range(9)) for runner in (offloaded, inside))
+            # Blocks are rows, whose sums are of another order than those of panels.
+            assert torch.nn.functional.cosine_similarity(found, expected, dim=1).min() > 0.999
+    finally:
+        manager_of(own).close()
 
 
 def test_routers_are_known_by_what_they_do(model: PreTrainedModel) -> None:

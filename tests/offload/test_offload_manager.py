@@ -272,3 +272,14 @@ def test_guesses_are_made_while_steps_wait_for_longer_than_they_cost() -> None:
             stalled += waits
             guessing.step(stalled)
         assert guessing.worth == worth
+
+
+def test_a_slow_first_guess_is_not_the_last() -> None:
+    guessing, stalled, guesses = Guessing(), 0.0, 0
+    for _ in range(400):  # steps wait for 2 ms, a guess takes 0.1 ms, and the first one half a second
+        stalled += 2e-3
+        guessing.step(stalled)
+        if guessing.worth:
+            guessing.cost(1e-4 if guesses else 0.5)
+            guesses += 1
+    assert guesses > 200
