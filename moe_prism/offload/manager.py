@@ -72,8 +72,11 @@ class Manager:
         self.tier, self.layout = tier, tier.layout
         self.cache = BlockCache(tier.slots, rule)
         self.statistics: Statistics = Statistics() if beside is None else beside.statistics
-        # One lock for both: it guards the counts as well.
-        self._change: threading.Condition = threading.Condition() if beside is None else beside._change
+        # One lock for both: it guards the counts as well. A step waits for a change, readers wait for work of their own:
+        # waking those who have nothing to do takes the interpreter from the one who computes.
+        self._lock: threading.RLock = threading.RLock() if beside is None else beside._lock
+        self._change: threading.Condition = threading.Condition(self._lock) if beside is None else beside._change
+        self._work = threading.Condition(self._lock)
         self.guessing = Guessing()
         self._companions: list[Manager] = []
         if beside is not None:
@@ -105,7 +108,7 @@ class Manager:
             other.close()
         with self._change:
             self._closed = True
-            self._change.notify_all()
+            self._work.notify_all()
         for thread in self.readers:
             thread.join()
         self.tier.close()
@@ -169,9 +172,8 @@ class Manager:
             self._call_readers()
 
     def _call_readers(self) -> None:
-        """Wake them if there is something to read: they take turns on the processor. The lock is held."""
-        if self._wanted or self._ahead:
-            self._change.notify_all()
+        """Wake as many as there is something to read for: they take turns on the processor. The lock is held."""
+        self._work.notify(len(self._wanted) + len(self._ahead))
 
     def _layer(self, block: int) -> int:
         return block // self.layout.per_layer
@@ -215,7 +217,7 @@ class Manager:
                     self._begun.setdefault(self._layer(block), {})[block] = quarter
                     return block, slot
                 continue
-            self._change.wait()
+            self._work.wait()
         return None
 
     def _read(self) -> None:
