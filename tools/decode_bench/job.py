@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,24 @@ def time_steps(step: Callable[[int], None], job: Job) -> list[float]:
         step(job.prompt + number)
         times.append(1000 * (time.perf_counter() - start))
     return times[job.warmup :]
+
+
+class Decoder(Protocol):
+    """A batch of sequences whose logits are tensors of torch."""
+
+    def feed(self, start: int, end: int) -> Any:
+        """Run tokens ``start:end`` of every row; logits ``[B, V]`` of the last."""
+
+
+def time_decoder(decoder: Decoder, job: Job) -> list[float]:
+    """The same for steps of a decoder; the prompt runs before, untimed."""
+    decoder.feed(0, job.prompt)
+
+    def step(position: int) -> None:
+        # Every engine picks the likeliest token in the timed part, and then gets the next one of its row.
+        decoder.feed(position, position + 1).argmax(dim=-1)
+
+    return time_steps(step, job)
 
 
 def save_logits(job: Job, logits: NDArray[np.float32]) -> None:

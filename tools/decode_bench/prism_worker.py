@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decode_bench.job import LONGEST, Job, run_worker, save_logits, time_steps
+from decode_bench.job import LONGEST, Job, run_worker, save_logits, time_decoder
 from moe_prism import load_elastic
 from moe_prism.engine.attention import Span
 from moe_prism.engine.runner import Runner
@@ -46,7 +46,7 @@ def measure(job: Job) -> dict[str, Any]:
     # The last token alone: the path that is timed.
     save_logits(job, checked.feed(job.prompt - 1, job.prompt)[0].numpy())
     points = [
-        {"tokens": tokens, "k_active": k_active, "ms": one_point(runner, job, tokens, k_active)}
+        {"tokens": tokens, "k_active": k_active, "ms": time_decoder(Decoder(runner, job.rows(tokens), k_active), job)}
         for tokens, k_active in job.points
     ]
     return {
@@ -55,18 +55,6 @@ def measure(job: Job) -> dict[str, Any]:
         "machine": machine(model) | {"torch_cpu_capability": torch.backends.cpu.get_cpu_capability()},
         "notes": {"compiled": str(runner.compiled)},
     }
-
-
-def one_point(runner: Runner, job: Job, tokens: int, k_active: int) -> list[float]:
-    """Milliseconds of steps of ``tokens`` sequences; the prompt runs before, untimed."""
-    decoder = Decoder(runner, job.rows(tokens), k_active)
-    decoder.feed(0, job.prompt)
-
-    def step(position: int) -> None:
-        # Every engine picks the likeliest token in the timed part, and then gets the next one of its row.
-        decoder.feed(position, position + 1).argmax(dim=-1)
-
-    return time_steps(step, job)
 
 
 if __name__ == "__main__":

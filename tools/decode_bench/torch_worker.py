@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from decode_bench.job import Job, run_worker, save_logits, time_steps
+from decode_bench.job import Job, run_worker, save_logits, time_decoder
 from moe_prism.evaluation.environment import machine, versions
 
 
@@ -40,7 +40,11 @@ def measure(job: Job) -> dict[str, Any]:
         # The last token alone: the path that is timed.
         save_logits(job, checked.feed(job.prompt - 1, job.prompt)[0].float().numpy())
         points = [
-            {"tokens": tokens, "k_active": k_active, "ms": one_point(model, job, tokens)}
+            {
+                "tokens": tokens,
+                "k_active": k_active,
+                "ms": time_decoder(Decoder(model, torch.tensor(job.rows(tokens))), job),
+            }
             for tokens, k_active in job.points
         ]
     return {
@@ -56,18 +60,6 @@ def load(job: Job) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16)
     model.eval()
     return model
-
-
-def one_point(model: PreTrainedModel, job: Job, tokens: int) -> list[float]:
-    """Milliseconds of steps of ``tokens`` sequences; the prompt runs before, untimed."""
-    decoder = Decoder(model, torch.tensor(job.rows(tokens)))
-    decoder.feed(0, job.prompt)
-
-    def step(position: int) -> None:
-        # Every engine picks the likeliest token in the timed part, and then gets the next one of its row.
-        decoder.feed(position, position + 1).argmax(dim=-1)
-
-    return time_steps(step, job)
 
 
 if __name__ == "__main__":
