@@ -72,7 +72,7 @@ class Manager:
         self.tier, self.layout = tier, tier.layout
         self.cache = BlockCache(tier.slots, rule)
         self.statistics: Statistics = Statistics() if beside is None else beside.statistics
-        # One lock for both: it guards the counts as well. A step waits for a change, readers wait for work of their own:
+        # One lock for both: it guards the counts as well. A step waits for a change, readers for work of their own:
         # waking those who have nothing to do takes the interpreter from the one who computes.
         self._lock: threading.RLock = threading.RLock() if beside is None else beside._lock
         self._change: threading.Condition = threading.Condition(self._lock) if beside is None else beside._change
