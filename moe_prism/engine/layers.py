@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from ..elastic.linear import FastLinear, LinearPanels
 from ..elastic.norms import is_usual_norm
 from .attention import KeyValueMemory, attend_spans
 from .layer_kernels import add_and_norm, after_attention, before_attention
-from .routers import Routed, Router, routed
+from .routers import Routed, Router, instead, routed
 
 _NO_NORM = np.empty(0, np.uint16)
 # Under these names families keep what comes after the second norm.
@@ -108,6 +108,22 @@ class _Layer:
             attention, mlp, only, number, first, second, projections, tuple(norms), out, np.float32(scaling), window
         )
 
+    def fits(self, hidden: int, angles: int, keys: tuple[int, ...], values: tuple[int, ...]) -> bool:
+        """Whether sizes go together: H, those of a position's angles, keys ``[heads, places, D]`` and values."""
+        wq, bq, wk, bk, wv, bv = self.projections
+        q_norm, _, k_norm, _ = self.norms
+        size, value_size = keys[2], values[2]
+        heads = len(bq) // size
+        return (
+            {2 * weight.shape[1] for weight in (wq, wk, wv)} == {hidden, len(self.first.weight)}
+            and (len(self.second.weight), len(self.output.bias)) == (hidden, hidden)
+            and (len(bq), len(bk), len(bv)) == (heads * size, keys[0] * size, values[0] * value_size)
+            and (2 * self.output.weight.shape[1], angles) == (heads * value_size, size)
+            and len(q_norm) in (0, size, len(bq))
+            and len(k_norm) in (0, size, len(bk))
+            and (self.routed is None or 2 * self.routed.router.weight.shape[1] == hidden)
+        )
+
 
 @torch.inference_mode()
 def _gives_tensor(mlp: nn.Module, hidden: int) -> bool:
@@ -158,21 +174,28 @@ class Layers:
             return None
         if not isinstance(rotary, nn.Module) or len(inspect.signature(rotary.forward).parameters) != 2:
             return None
-        return cls(model, layers, norm, memory, longest)
+        made = cls(model, layers, norm, memory, longest)
+        return made if made._fits() else None
+
+    def _fits(self) -> bool:
+        """Whether all sizes are what the kernels, which check none, take them to be."""
+        hidden, angles = len(self._norm.weight), self._angles[0].shape[1]
+        return all(
+            layer.fits(hidden, angles, keys.shape, values.shape)
+            for layer, (keys, values) in zip(self._layers, self._pools, strict=True)
+        )
 
     @contextmanager
     def without_experts(self) -> Iterator[None]:
         """What comes after the second norm returns its input, for whoever runs the model."""
-        modules = [layer.mlp for layer in self._layers]
         self._without_experts = True
         try:
-            for module in modules:
-                module.__dict__["forward"] = lambda hidden_states, *_, **__: hidden_states
-            yield
+            with ExitStack() as stack:
+                for layer in self._layers:
+                    stack.enter_context(instead(layer.mlp, lambda hidden_states, *_, **__: hidden_states))
+                yield
         finally:
             self._without_experts = False
-            for module in modules:
-                del module.__dict__["forward"]
 
     def __call__(self, tokens: Tensor, position: Tensor, last: Tensor) -> Tensor:
         """Logits ``[len(last), vocabulary]``, after ``memory.begin``.

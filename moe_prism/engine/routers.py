@@ -6,6 +6,8 @@ families need not be known. Knows nothing of budgets.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +57,20 @@ class Routed(NamedTuple):
     experts: nn.Module
 
 
+@contextmanager
+def instead(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Another forward for a module, for a while."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
 @torch.inference_mode()
 def routed(mlp: nn.Module) -> Routed | None:
     """None if the module is, or may be, something else."""
@@ -90,11 +106,8 @@ def _only_experts(mlp: nn.Module, experts: nn.Module, x: Tensor, found: tuple[Te
         given.append(arguments)
         return 3 * arguments[0]
 
-    experts.__dict__["forward"] = forward
-    try:
+    with instead(experts, forward):
         out = mlp(x[None])
-    finally:
-        del experts.__dict__["forward"]
     if len(given) != 1 or len(given[0]) != 3 or not isinstance(out, Tensor) or out.shape != x[None].shape:
         return False
     return all(map(torch.equal, (out[0], *given[0]), (3 * x, x, index, weights)))
