@@ -2,8 +2,8 @@
 
 Which models can be run so is found out by running them: the layers must be built like most families' (norm, attention
 with rotated queries and keys, norm, experts), and a step must give bit for bit what transformers gives. Then attention
-takes two calls a layer (``layer_kernels``) instead of forty operations; what comes after the second norm, router and
-experts among it, is the model's own module. Knows nothing of budgets.
+takes two calls a layer (``layer_kernels``) instead of forty operations, the router with the second of them where it is
+one that ``routers`` knows; any other MLP is the model's own module. Knows nothing of budgets.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ class _Layer:
     """The parts of a decoder layer, as the kernels take them.
 
     Attributes:
-        attention: its module.
         mlp: what comes after the second norm.
         routed: the same as a router and experts, where it is nothing else.
         number: of its keys and values.
@@ -65,7 +64,6 @@ class _Layer:
         window: tokens that a token sees, or None.
     """
 
-    attention: nn.Module
     mlp: nn.Module
     routed: Routed | None
     number: int
@@ -104,9 +102,7 @@ class _Layer:
         if only is None and not _gives_tensor(mlp, len(first.weight)):
             return None
         projections = (*q, *k, *v)
-        return cls(
-            attention, mlp, only, number, first, second, projections, tuple(norms), out, np.float32(scaling), window
-        )
+        return cls(mlp, only, number, first, second, projections, tuple(norms), out, np.float32(scaling), window)
 
     def fits(self, hidden: int, angles: int, keys: tuple[int, ...], values: tuple[int, ...]) -> bool:
         """Whether sizes go together: H, those of a position's angles, keys ``[heads, places, D]`` and values."""

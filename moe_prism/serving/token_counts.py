@@ -1,7 +1,7 @@
 """Counts of tokens that cost a token next to nothing, as Prometheus histograms and counters.
 
-The client library's own take a lock and a loop over the buckets for every value, which at thousands of tokens a second
-was a fifth of the server's work. Only one thread counts; a scrape may see a token in one metric and not yet in another.
+The client library's own take a lock and a loop over the buckets for every value, which adds up at thousands of tokens a
+second. Only one thread counts; a scrape may see a token in one metric and not yet in another.
 Knows nothing of requests.
 """
 
